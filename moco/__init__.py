@@ -1,0 +1,1 @@
+"""Supervised contrastive learning with momentum contrast: MoCo v2 with a label-aware queue."""

@@ -1,0 +1,166 @@
+"""Launching (one process, spawn, torchrun) and the few collectives.
+
+Every function works without an initialised process group: then there is one process.
+"""
+
+import os
+import signal
+import socket
+import sys
+from datetime import timedelta
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from moco.errors import RunError, UsageError
+
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_gather(x):
+    """(n, ...) on each process -> (world_size * n, ...), in rank order, without gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def all_mean(x):
+    """The mean of a float tensor over the processes, on each of them."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x = x / world_size()
+    return x
+
+
+def all_sum(x):
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def my_rows(x):
+    """This process's equal share of the rows of a tensor that every process holds."""
+    share = len(x) // world_size()
+    return x[rank() * share : (rank() + 1) * share]
+
+
+def shuffle_images(images, order):
+    """MoCo's gathered shuffle: row j of the result is global row order[j]; each process gets its share of rows."""
+    return all_gather(images)[my_rows(order)]
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def launch(worker, args):
+    """Runs `worker(device, args)` on every process that the command line asks for, and exits with its status.
+
+    Under torchrun this process is one of them. With --multiprocessing-distributed it starts one for each visible GPU
+    (one, on a CPU). Otherwise it is the only one of this machine: on GPU --gpu, the first GPU, or the CPU.
+    An error of the user's is one line on stderr, from the first process alone.
+    """
+    try:
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            args.dist_url = "env://"
+            run(worker, args, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            return
+        nodes, node = args.world_size, args.rank
+        if nodes < 1:
+            nodes, node = 1, 0
+        if not 0 <= node < nodes:
+            raise UsageError(f"--rank {args.rank} is not one of the {nodes} nodes: it is 0 to {nodes - 1}")
+        on_node = torch.cuda.device_count() if args.multiprocessing_distributed and args.gpu is None else 1
+        on_node = max(on_node, 1)
+        args.world_size, args.rank = nodes * on_node, node * on_node
+        if args.world_size > 1 and node == 0:
+            check_port(args.dist_url)
+        if on_node == 1:
+            run(worker, args, args.gpu or 0, 1)
+        else:
+            spawn(worker, args, on_node)
+    except (UsageError, RunError) as error:
+        complain(error)
+
+
+def complain(error):
+    if rank() == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    sys.exit(error.status)
+
+
+def spawn(worker, args, processes):
+    try:
+        mp.spawn(spawned, (worker, args, processes), nprocs=processes)
+    except mp.ProcessExitedException as error:  # the process that failed has said why
+        sys.exit(128 + signal.Signals[error.signal_name] if error.signal_name else error.exit_code)
+
+
+def spawned(local_rank, worker, args, processes):
+    args.rank += local_rank
+    try:
+        run(worker, args, local_rank, processes)
+    except (UsageError, RunError) as error:
+        complain(error)
+
+
+def run(worker, args, local_rank, processes):
+    """Joins the process group, if there is more than one process, and calls the worker on this process's device."""
+    gpus = torch.cuda.device_count()
+    if gpus and (processes > gpus or local_rank >= gpus):
+        raise UsageError(f"process {local_rank} of {processes} has no GPU: this machine shows {gpus}")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    elif args.gpu is not None:
+        raise UsageError(f"--gpu {args.gpu}: this machine shows no GPU")
+    batch = args.batch_size
+    if batch % args.world_size:
+        raise UsageError(f"-b {batch} cannot be shared equally by {args.world_size} processes")
+    if args.world_size > 1:
+        backend = args.dist_backend or ("nccl" if gpus else "gloo")
+        try:
+            dist.init_process_group(
+                backend, args.dist_url, PATIENCE, args.world_size, args.rank, device_id=device if gpus else None
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the {args.world_size} processes could not meet at {args.dist_url}: {reason}") from None
+    try:
+        worker(device, args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_port(url):
+    """The first process listens on the port of --dist-url, so it must be free."""
+    place = urlparse(url)
+    if place.scheme != "tcp":
+        return
+    try:
+        port = place.port
+    except ValueError:
+        port = None
+    if port is None:
+        raise UsageError(f"--dist-url '{url}' names no port: write tcp://HOST:PORT")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise RunError(f"port {port} is in use: name another one with --dist-url") from None

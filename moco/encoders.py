@@ -1,0 +1,94 @@
+"""Base encoders: torchvision's ResNet family with the CIFAR or the ImageNet stem, and resnet20 for small machines."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision import models
+from torchvision.models.resnet import BasicBlock
+
+from moco.errors import UsageError
+
+HIDDEN = 2048  # width of the projection head's hidden layer, whatever the encoder's width
+
+
+def build(arch, stem="cifar"):
+    """The `base_encoder` that `moco.builder` takes: `build("resnet50")(num_classes=128)` is a network ending in `fc`.
+
+    Args:
+        arch: "resnet20", or any network of torchvision's ResNet family (resnet18, resnext50_32x4d, ...).
+        stem: "cifar" (first convolution 3x3, stride 1, padding 1, no max-pool) or "imagenet" (torchvision's own).
+    Raises:
+        UsageError: unknown architecture or stem, or one that is no ResNet.
+    """
+    if stem not in ("cifar", "imagenet"):
+        raise UsageError(f"unknown stem '{stem}': it is cifar or imagenet")
+    if arch == "resnet20":
+        return resnet20
+    if arch not in models.list_models(module=models):
+        raise UsageError(f"unknown architecture '{arch}': -a takes {', '.join(names())}")
+    if arch not in names():
+        raise UsageError(f"architecture '{arch}' is no ResNet whose last layer is fc: -a takes {', '.join(names())}")
+
+    def base_encoder(num_classes):
+        network = models.get_model(arch, weights=None, num_classes=num_classes)
+        if stem == "cifar":
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+            network.maxpool = nn.Identity()
+        return network
+
+    return base_encoder
+
+
+def names():
+    return ["resnet20", *models.list_models(module=models.resnet)]
+
+
+class PadShortcut(nn.Module):
+    """Option A of He et al.: every second pixel, the new channels filled with zeros, no parameters."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        x = x[:, :, ::2, ::2]
+        missing = self.channels - x.shape[1]
+        return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
+
+
+class resnet20(nn.Module):
+    """The 20-layer CIFAR ResNet of He et al. (arXiv:1512.03385, section 4.2): three stages, 16, 32 and 64 wide.
+
+    (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 MFLOP (multiply-adds) an image of 32x32.
+    """
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self.stage(16, 16, 1)
+        self.layer2 = self.stage(16, 32, 2)
+        self.layer3 = self.stage(32, 64, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def stage(width_in, width, stride):
+        shortcut = PadShortcut(width) if stride != 1 else None
+        first = BasicBlock(width_in, width, stride, shortcut)
+        return nn.Sequential(first, BasicBlock(width, width), BasicBlock(width, width))
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def add_mlp_head(network):
+    """Replaces `fc` with MoCo v2's head, Linear(width, 2048), ReLU, Linear(2048, dim): `fc.0.*` and `fc.2.*`."""
+    width, dim = network.fc.in_features, network.fc.out_features
+    network.fc = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, dim))

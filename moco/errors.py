@@ -1,0 +1,13 @@
+"""What goes wrong in ways a user can mend: one line on stderr, never a traceback."""
+
+
+class UsageError(Exception):
+    """The command line asks for something impossible. Exit status 2."""
+
+    status = 2
+
+
+class RunError(Exception):
+    """The command was sound, but the run cannot go on (a broken image, a full disk). Exit status 1."""
+
+    status = 1

@@ -1,0 +1,98 @@
+"""The objectives, as pure functions of logits and masks.
+
+Notation: row i of `logits` is a query, column a is a member of its contrast set A(i); logits[i, a] = s(i, a) =
+q_i . a / T. `positives` marks P(i), the members of A(i) with the query's label. Everything is computed in float32
+whatever comes in: bfloat16 has too few digits for a log-sum-exp over 65,536 keys.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def in_loss(logits, positives):
+    """SupContrast "In": the mean over the positives is inside the logarithm (L_in, arXiv:2004.11362, eq. 3).
+
+        L_i = -log( 1/|P(i)| * sum_{p in P(i)} exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
+
+    Args:
+        logits: (N, M) float, already divided by the temperature.
+        positives: (N, M) bool.
+    Returns:
+        float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
+    """
+    logits = logits.float()
+    count = positives.sum(1)
+    loss = logits.logsumexp(1) - masked_logsumexp(logits, positives) + count.clamp(min=1).log()
+    return mean_over_rows(loss, count > 0)
+
+
+def out_loss(logits, positives, contrast=None):
+    """SupContrast "Out": the mean over the positives is outside the logarithm (L_out, arXiv:2004.11362, eq. 2).
+
+        L_i = 1/|P(i)| * sum_{p in P(i)} -log( exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
+
+    Args:
+        logits: (N, M) float, already divided by the temperature.
+        positives: (N, M) bool; only those inside `contrast` count.
+        contrast: (N, M) bool, the members of A(i); None if every column is one.
+    Returns:
+        float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
+    """
+    logits = logits.float()
+    if contrast is None:
+        denominator = logits.logsumexp(1)
+    else:
+        positives = positives & contrast
+        denominator = masked_logsumexp(logits, contrast)
+    count = positives.sum(1)
+    # Distances to the denominator are averaged, not logits: at |logits| of 1e4 the latter would cancel.
+    distance = (denominator[:, None] - logits).masked_fill(~positives, 0)
+    return mean_over_rows(distance.sum(1) / count.clamp(min=1), count > 0)
+
+
+def info_nce(q, k, queue, temperature):
+    """InfoNCE of MoCo (arXiv:1911.05722, eq. 1): the positive is the query's own key, the negatives are the queue.
+
+    Args:
+        q: (N, C), L2-normalised queries. k: (N, C), their keys. queue: (C, K), older keys.
+    Returns:
+        float32 scalar, the mean over the queries.
+    """
+    logits = info_nce_logits(q, k, queue, temperature)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def info_nce_logits(q, k, queue, temperature):
+    """(N, 1 + K) float32: column 0 is the query's own key, the others are the queue."""
+    q, k, queue = q.float(), k.float(), queue.float()
+    return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature
+
+
+def masked_logsumexp(logits, mask):
+    """log sum exp over the columns in `mask`. A row without one gives a huge negative number and no NaN gradient."""
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).logsumexp(1)
+
+
+def mean_over_rows(loss, counted):
+    return torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def contrast_health(logits, positives, temperature, contrast=None):
+    """What tells whether a loss near log K is normal, as a (4,) float32 tensor.
+
+    In order: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
+    to the positives, to the negatives, and mean number of positives a query.
+    """
+    logits = logits.detach().float()
+    if contrast is None:
+        contrast = torch.ones_like(positives)
+    positives = positives & contrast
+    negatives = contrast & ~positives
+    top = logits.masked_fill(~contrast, -torch.inf).argmax(1, keepdim=True)
+
+    def similarity(mask):
+        return (logits * mask).sum() / mask.sum().clamp(min=1) * temperature
+
+    accuracy = positives.gather(1, top).float().mean()
+    return torch.stack([accuracy, similarity(positives), similarity(negatives), positives.sum(1).float().mean()])

@@ -1,0 +1,220 @@
+"""The command line, shared by every script. Names and defaults are the reference's; what is new has its own group."""
+
+import argparse
+import math
+import sys
+
+DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=None):
+    """An argument type: an int or a float from `low` to `high`, or more than `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):
+            whole = "a whole number" if kind is int else "a number"
+            if above is not None:
+                limits = f" above {above:g}"
+            elif low == -math.inf:
+                limits = ""
+            else:
+                limits = f" of {low:g} or more" if high == math.inf else f" from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not {whole}{limits}")
+        return value
+
+    return parse
+
+
+positive_int, positive_float = number(int, 1), number(float, above=0)
+count, amount = number(int, 0), number(float, 0)
+
+
+def pretrain_parser(description, **defaults):
+    """Options of the pretraining scripts; a script's recipe may set other defaults."""
+    parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
+    parser.add_argument("--cos", action="store_true", help="half a cosine from lr to 0 instead of --schedule")
+    parser.add_argument(
+        "--warm-up", type=count, default=5, metavar="N", help="epochs from lr 0 to lr (default: %(default)s)"
+    )
+    parser.add_argument("--aug-plus", action="store_true", help="MoCo v2's views: colour jitter with p 0.8, and blur")
+    more = parser.add_argument_group("beyond the reference")
+    more.add_argument("--save-freq", type=positive_int, default=200, metavar="N",
+                      help="epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)")  # fmt: skip
+    more.add_argument("--stem", choices=("cifar", "imagenet"),
+                      help="first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)")  # fmt: skip
+    more.add_argument("--bn-splits", type=positive_int, default=1, metavar="S",
+                      help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)")  # fmt: skip
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def moco_options(parser):
+    moco = parser.add_argument_group("momentum contrast")
+    moco.add_argument(
+        "--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)"
+    )
+    moco.add_argument(
+        "--moco-k", type=positive_int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)"
+    )
+    moco.add_argument(
+        "--moco-m",
+        type=number(float, 0, 1),
+        default=0.99,
+        metavar="M",
+        help="momentum of the key encoder (default: %(default)s)",
+    )
+    moco.add_argument(
+        "--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
+    )
+    moco.add_argument("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
+    return parser
+
+
+def linear_parser(description):
+    """Options of main_lincls.py."""
+    parser = base_parser(description, epochs=100, lr=30.0, weight_decay=0.0, schedule=[60, 80])
+    parser.add_argument("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
+    parser.add_argument(
+        "-e",
+        "--evaluate",
+        action="store_true",
+        help="only evaluate the classifier of --resume on the validation images",
+    )
+    parser.set_defaults(arch=None, image_size=None)
+    return parser
+
+
+def base_parser(description, epochs, lr, weight_decay, schedule):
+    first, _, rest = description.partition("\n")
+    parser = Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "data",
+        nargs="?",
+        metavar="DIR",
+        help="folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to",
+    )
+    add(
+        "-a",
+        "--arch",
+        default="resnet50",
+        help="resnet20, or a network of torchvision's ResNet family (default: resnet50)",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=count,
+        default=8,
+        metavar="N",
+        help="loader processes, where images are loaded at all (default: %(default)s)",
+    )
+    add("--epochs", type=positive_int, default=epochs, metavar="N", help="default: %(default)s")
+    add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
+    add(
+        "-b",
+        "--batch-size",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="over all processes (default: %(default)s)",
+    )
+    add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
+    add(
+        "--schedule",
+        type=count,
+        nargs="*",
+        default=schedule,
+        metavar="EPOCH",
+        help="epochs at which lr falls to a tenth (default: %(default)s)",
+    )
+    add("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="of SGD (default: %(default)s)")
+    add(
+        "--wd",
+        "--weight-decay",
+        type=amount,
+        default=weight_decay,
+        dest="weight_decay",
+        metavar="W",
+        help="default: %(default)s",
+    )
+    add(
+        "-p",
+        "--print-freq",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="steps between two log lines (default: %(default)s)",
+    )
+    add(
+        "--resume", metavar="PATH", help="checkpoint to go on from; auto: the last one in --output-dir, if there is one"
+    )
+    add("--seed", type=count, help="of every random choice (default: drawn, printed, kept in the checkpoint)")
+
+    where = parser.add_argument_group("processes")
+    where.add_argument(
+        "--multiprocessing-distributed",
+        action="store_true",
+        help="one process for each visible GPU (torchrun works too)",
+    )
+    where.add_argument("--gpu", type=count, metavar="ID", help="the only GPU to use")
+    where.add_argument("--world-size", type=int, default=-1, metavar="N", help="machines (default: one)")
+    where.add_argument("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
+    where.add_argument(
+        "--dist-url",
+        default="tcp://localhost:10001",
+        metavar="URL",
+        help="where the processes meet (default: %(default)s)",
+    )
+    where.add_argument("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
+
+    more = parser.add_argument_group("beyond the reference: data and speed")
+    more.add_argument(
+        "--output-dir",
+        default=".",
+        metavar="DIR",
+        help="for checkpoints, log.csv and tensorboard/ (default: the current folder)",
+    )
+    more.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="auto",
+        help="auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; digits needs no DIR (default: auto)",
+    )
+    more.add_argument(
+        "--image-size", type=number(int, 8), default=32, metavar="PIXELS", help="side of the views (default: 32)"
+    )
+    more.add_argument(
+        "--mean",
+        type=number(float),
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="of the pixels, in 0..1 (default: the data set's, CIFAR-10's for image folders)",
+    )
+    more.add_argument("--std", type=positive_float, nargs=3, metavar=("R", "G", "B"), help="likewise")
+    more.add_argument(
+        "--views",
+        choices=("batched", "pil"),
+        default="batched",
+        help="how views are made where the data set fits into memory: in batches on the device, or by Pillow in loader processes (default: batched)",
+    )
+    more.add_argument(
+        "--precision", choices=("bf16", "fp32"), help="of the encoders (default: bf16 on GPUs that have it, else fp32)"
+    )
+    more.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the encoders and the views (default: on GPUs, in runs of 20,000 steps or more)",
+    )
+    return parser

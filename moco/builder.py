@@ -4,11 +4,10 @@ Shapes: N queries on this process, B = N * processes in the global batch, C = di
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import distributed
+from moco import augment, distributed, encoders, options
 from moco.encoders import add_mlp_head
 from moco.losses import contrast_health, in_loss, info_nce_logits, out_loss
 
@@ -27,6 +26,8 @@ class MoCo(nn.Module):
     """
 
     labelled = False  # does forward take labels?
+    views = 2
+    shuffle_keys = True
 
     def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, *, bn_splits=1):
         super().__init__()
@@ -42,6 +43,21 @@ class MoCo(nn.Module):
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    @staticmethod
+    def add_options(parser):
+        options.moco_options(parser)
+
+    @classmethod
+    def from_options(cls, args, classes):
+        """The model that a command line asks for; `classes`, their number, plays no part in it."""
+        base_encoder = encoders.build(args.arch, args.stem)
+        size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
+        return cls(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
+
+    @staticmethod
+    def recipe(args):
+        return augment.AUG_PLUS if args.aug_plus else augment.PLAIN
 
     def forward(self, im_q, im_k, *, order=None):
         """
@@ -77,8 +93,7 @@ class MoCo(nn.Module):
         self.momentum_update()
         if order is None and distributed.world_size() * self.bn_splits > 1:
             order = torch.randperm(len(im_k) * distributed.world_size(), device=im_k.device)
-            if distributed.world_size() > 1:
-                dist.broadcast(order, src=0)
+            order = distributed.from_first(order)
             im_k = distributed.shuffle_images(im_k, order)
         return self.encode(self.encoder_k, im_k), order
 

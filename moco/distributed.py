@@ -50,6 +50,13 @@ def all_sum(x):
     return x
 
 
+def from_first(x):
+    """The first process's tensor, on each of them (written into x)."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
 def my_rows(x):
     """This process's equal share of the rows of a tensor that every process holds."""
     share = len(x) // world_size()
@@ -123,6 +130,7 @@ def run(worker, args, local_rank, processes):
     gpus = torch.cuda.device_count()
     if gpus and (processes > gpus or local_rank >= gpus):
         raise UsageError(f"process {local_rank} of {processes} has no GPU: this machine shows {gpus}")
+    args.processes_on_node = processes
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)

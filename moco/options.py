@@ -4,6 +4,10 @@ import argparse
 import math
 import sys
 
+import torch
+
+from moco import data, distributed, logs
+
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
 
@@ -41,14 +45,13 @@ positive_int, positive_float = number(int, 1), number(float, above=0)
 count, amount = number(int, 0), number(float, 0)
 
 
-def pretrain_parser(description, **defaults):
-    """Options of the pretraining scripts; a script's recipe may set other defaults."""
+def pretrain_parser(description):
+    """Options of the pretraining scripts."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
     parser.add_argument("--cos", action="store_true", help="half a cosine from lr to 0 instead of --schedule")
     parser.add_argument(
         "--warm-up", type=count, default=5, metavar="N", help="epochs from lr 0 to lr (default: %(default)s)"
     )
-    parser.add_argument("--aug-plus", action="store_true", help="MoCo v2's views: colour jitter with p 0.8, and blur")
     more = parser.add_argument_group("beyond the reference")
     more.add_argument("--save-freq", type=positive_int, default=200, metavar="N",
                       help="epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)")  # fmt: skip
@@ -56,12 +59,21 @@ def pretrain_parser(description, **defaults):
                       help="first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)")  # fmt: skip
     more.add_argument("--bn-splits", type=positive_int, default=1, metavar="S",
                       help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(**defaults)
+    more.add_argument(
+        "--knn-freq",
+        type=count,
+        default=0,
+        metavar="N",
+        help="epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)",
+    )
+    parser.set_defaults(lr_start=0.0, lr_final=0.0)
     return parser
 
 
 def moco_options(parser):
+    """Options of the scripts with a queue."""
     moco = parser.add_argument_group("momentum contrast")
+    moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's views: colour jitter with p 0.8, and blur")
     moco.add_argument(
         "--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)"
     )
@@ -79,7 +91,6 @@ def moco_options(parser):
         "--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
     )
     moco.add_argument("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
-    return parser
 
 
 def linear_parser(description):
@@ -218,3 +229,38 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         help="torch.compile the encoders and the views (default: on GPUs, in runs of 20,000 steps or more)",
     )
     return parser
+
+
+def parse(parser):
+    args = parser.parse_args()
+    args.program = parser.prog
+    return args
+
+
+def settle(args, device):
+    """Fills in what depends on the data set and the device."""
+    args.dataset = data.resolve(args)
+    mean, std = data.STATISTICS[args.dataset]
+    args.mean, args.std = list(args.mean or mean), list(args.std or std)
+    args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if bf16 else "fp32")
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def shared_seed(seed, device):
+    """The seed, or one that the first process draws for all."""
+    if seed is None:
+        drawn = torch.randint(2**31, (1,)).to(device)
+        seed = int(distributed.from_first(drawn))
+        logs.say(f"seed {seed} (repeat this run with --seed {seed})")
+    return seed
+
+
+def plain(args):
+    """The options as a checkpoint keeps them: plain values only."""
+    kinds = (str, int, float, bool, type(None), list)
+    return {name: value for name, value in vars(args).items() if isinstance(value, kinds)}

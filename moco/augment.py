@@ -1,0 +1,323 @@
+"""The views: draw their parameters for many images, then apply them to a whole batch on the device that trains.
+
+Applied with the same parameters, every operation agrees with torchvision's on a PIL image to rounding; crops, flips
+and blurs are linear in rows and in columns, so that each is two batched matrix products.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from PIL import ImageFilter
+from torch import nn
+from torchvision import transforms
+
+TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
+GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One view's random operations, in torchvision's terms.
+
+    size: side of the view. scale, ratio: of RandomResizedCrop. jitter: brightness, contrast, saturation and hue of
+    ColorJitter, or None, applied with probability jitter_p. gray_p: of RandomGrayscale, before the jitter if
+    gray_first. blur: smallest and largest radius of Pillow's GaussianBlur, applied with probability blur_p.
+    """
+
+    size: int = 32
+    scale: tuple = (0.2, 1.0)
+    ratio: tuple = (3 / 4, 4 / 3)
+    jitter: tuple | None = (0.4, 0.4, 0.4, 0.1)
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    gray_first: bool = False
+    blur_p: float = 0.5
+    blur: tuple = (0.1, 2.0)
+    flip_p: float = 0.5
+
+    def draw(self, count, height, width, generator):
+        """The parameters of `count` views of height x width images.
+
+        Returns:
+            (count, 11) float32: top, left, height, width of the crop in pixels, flip, factors of brightness,
+            contrast and saturation, shift of hue in turns, gray, radius of the blur in pixels. An operation that is
+            not applied has its identity: factor 1, shift, flip, gray and radius 0.
+        """
+
+        def uniform(*shape, low=0.0, high=1.0):
+            return low + (high - low) * torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+
+        parameters = torch.zeros(count, 11, dtype=torch.float64)
+        parameters[:, :4] = self.crops(uniform, height, width)
+        parameters[:, FLIP] = uniform() < self.flip_p
+        parameters[:, BRIGHTNESS : HUE + 1] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+        if self.jitter:
+            applied = uniform() < self.jitter_p
+            for column, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), self.jitter[:3], strict=True):
+                factor = uniform(low=max(0, 1 - strength), high=1 + strength)
+                parameters[:, column] = torch.where(applied, factor, 1)
+            parameters[:, HUE] = torch.where(applied, uniform(low=-self.jitter[3], high=self.jitter[3]), 0)
+        parameters[:, GRAY] = uniform() < self.gray_p
+        radius = uniform(low=self.blur[0], high=self.blur[1])
+        parameters[:, RADIUS] = torch.where(uniform() < self.blur_p, radius, 0)
+        return parameters.float()
+
+    def crops(self, uniform, height, width, attempts=10):
+        """(count, 4): RandomResizedCrop's first of ten attempts that fits into the image, else its central crop."""
+        area = height * width * uniform(attempts, low=self.scale[0], high=self.scale[1])
+        ratio = uniform(attempts, low=math.log(self.ratio[0]), high=math.log(self.ratio[1])).exp()
+        w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first = fits.int().argmax(1, keepdim=True)
+        h, w = h.gather(1, first).squeeze(1), w.gather(1, first).squeeze(1)
+        top = (uniform() * (height - h + 1)).floor()
+        left = (uniform() * (width - w + 1)).floor()
+        central = torch.tensor(self.central_crop(height, width), dtype=torch.float64)
+        return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), central)
+
+    def central_crop(self, height, width):
+        low, high = self.ratio
+        h, w = height, width
+        if width / height < low:
+            h = round(width / low)
+        elif width / height > high:
+            w = round(height * high)
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    def draw_order(self, generator):
+        """The order of brightness, contrast, saturation and hue (0 to 3) in a batch of views."""
+        return tuple(torch.randperm(4, generator=generator).tolist())
+
+    def transform(self, mean, std):
+        """The same views by torchvision: PIL image -> (3, size, size) float32. It draws from torch's own generator."""
+        jitter = []
+        if self.jitter:
+            jitter = [transforms.RandomApply([transforms.ColorJitter(*self.jitter)], p=self.jitter_p)]
+        gray = [transforms.RandomGrayscale(p=self.gray_p)] if self.gray_p else []
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(self.size, self.scale, self.ratio),
+                *(gray + jitter if self.gray_first else jitter + gray),
+                *([transforms.RandomApply([PillowBlur(*self.blur)], p=self.blur_p)] if self.blur_p else []),
+                transforms.RandomHorizontalFlip(self.flip_p),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+
+AUG_PLUS = Recipe()
+PLAIN = Recipe(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True, blur_p=0)
+LINEAR = Recipe(scale=(0.08, 1.0), jitter=None, gray_p=0, blur_p=0)
+SUPCON = Recipe(blur_p=0)
+CROSS_ENTROPY = Recipe(jitter=None, gray_p=0, blur_p=0)
+
+
+class PillowBlur(nn.Module):
+    """Gaussian blur of a PIL image, its radius uniform between two."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image):
+        radius = torch.empty(1).uniform_(self.low, self.high).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+class Views:
+    """Makes a recipe's views of a batch.
+
+    Args:
+        mean, std: three floats each, of pixels in 0..1. compile: fuse the operations with torch.compile, one by one,
+            since the 24 orders of the colour jitter would be 24 programs.
+    """
+
+    def __init__(self, recipe, mean, std, device, compile=False):
+        self.recipe = recipe
+        self.mean, self.std = statistics(mean, std, device)
+        wrap = torch.compile if compile else lambda function: function
+        self.crop, self.gray, self.blur, self.finish = wrap(crop), wrap(gray), wrap(blur), wrap(finish)
+        self.colours = [wrap(function) for function in (brightness, contrast, saturation, hue)]
+
+    @torch.no_grad()
+    def __call__(self, images, parameters, order):
+        """
+        Args:
+            images: (N, 3, H, W) uint8. parameters: (N, 11) float32, see Recipe.draw. order: see Recipe.draw_order.
+        Returns:
+            (N, 3, S, S) float32, normalised, channels last.
+        """
+        recipe = self.recipe
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.crop(images, parameters, recipe.size)
+            if recipe.gray_p and recipe.gray_first:
+                x = self.gray(x, column(parameters, GRAY))
+            if recipe.jitter:
+                for which in order:
+                    x = self.colours[which](x, column(parameters, BRIGHTNESS + which))
+            if recipe.gray_p and not recipe.gray_first:
+                x = self.gray(x, column(parameters, GRAY))
+            if recipe.blur_p:
+                x = self.blur(x, parameters[:, RADIUS])
+            return self.finish(x, self.mean, self.std)
+
+
+# The operations work on pixels in 0..255, laid out (N, H, 3, W): a matrix product over the rows then sees (N, H, 3W),
+# one over the columns (N, 3H, W), and neither needs a copy.
+
+
+def column(parameters, which):
+    return parameters[:, which, None, None, None]
+
+
+def rows_first(images):
+    """(N, 3, H, W) uint8 -> (N, H, 3, W) float32."""
+    n, c, h, w = images.shape
+    out = torch.empty(n, h, c, w, device=images.device)
+    return out.copy_(images.transpose(1, 2))
+
+
+def linear(x, by_rows, by_columns):
+    """x (N, H, 3, W) -> (N, S, 3, S), with the matrices (N, S, H) and (N, S, W)."""
+    n, height, channels, width = x.shape
+    x = torch.bmm(by_rows, x.reshape(n, height, channels * width))
+    x = torch.bmm(x.view(n, -1, width), by_columns.transpose(1, 2))
+    return x.view(n, by_rows.shape[1], channels, by_columns.shape[1])
+
+
+def triangles(start, length, size, out):
+    """(N, out, size): the weights with which Pillow's bilinear filter resizes `length` pixels from `start` on to `out`.
+
+    Of an output pixel, a triangle around its place in the input, as wide as one input pixel or one output pixel,
+    whichever is larger, cut off at the ends of the crop and made to sum to 1.
+    """
+    pixel = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
+    place = torch.arange(out, device=start.device, dtype=start.dtype) + 0.5
+    start, scale = start[:, None, None], (length / out)[:, None, None]
+    distance = (pixel - start - place[:, None] * scale).abs_()
+    weight = distance.div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
+    inside = (pixel > start) & (pixel < start + length[:, None, None])
+    weight = weight * inside
+    return weight.div_(weight.sum(2, keepdim=True))
+
+
+def crop(images, parameters, size):
+    """RandomResizedCrop and horizontal flip: (N, 3, H, W) uint8 -> (N, S, 3, S) float32."""
+    height, width = images.shape[2:]
+    by_rows = triangles(parameters[:, TOP], parameters[:, HEIGHT], height, size)
+    by_columns = triangles(parameters[:, LEFT], parameters[:, WIDTH], width, size)
+    flip = parameters[:, FLIP, None, None] > 0
+    return linear(rows_first(images), by_rows, torch.where(flip, by_columns.flip(1), by_columns))
+
+
+def luminance(x):
+    """(N, H, 1, W) of (N, H, 3, W)."""
+    red, green, blue = x.split(1, dim=2)
+    return (red * GRAY_WEIGHTS[0]).add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
+
+
+def brightness(x, factor):
+    return (x * factor).clamp_(0, 255)
+
+
+def contrast(x, factor):
+    mean = luminance(x).mean((1, 2, 3), keepdim=True).round_()
+    return torch.lerp(mean, x, factor).clamp_(0, 255)
+
+
+def saturation(x, factor):
+    return torch.lerp(luminance(x), x, factor).clamp_(0, 255)
+
+
+def hue(x, shift):
+    """Turns the hue by `shift`, with HSV's value and saturation kept, in torchvision's float arithmetic."""
+    red, green, blue = x.split(1, dim=2)
+    value, lowest = x.amax(2, keepdim=True), x.amin(2, keepdim=True)
+    chroma = value - lowest
+    blue_highest = (red - green).add_(chroma, alpha=4)
+    green_highest = (blue - red).add_(chroma, alpha=2)
+    sextant = torch.where(green == value, green_highest, blue_highest)
+    sextant = torch.where(red == value, green - blue, sextant)
+    sextant.div_(chroma.clamp(min=1e-6)).add_(6 * shift).remainder_(6)
+    # Each channel is a trapezium over the hue circle, between the lowest and the highest value.
+    out = [(sextant - 3).abs_().sub_(1), (sextant - 2).abs_().neg_().add_(2), (sextant - 4).abs_().neg_().add_(2)]
+    return torch.cat(out, dim=2).clamp_(0, 1).mul_(chroma).add_(lowest)
+
+
+def gray(x, applied):
+    return torch.lerp(x, luminance(x), applied)
+
+
+def blur(x, radius):
+    """Pillow's GaussianBlur: three passes of an extended box, the edge repeated at each of them."""
+    box = boxes(radius, x.shape[1])
+    thrice = box @ box @ box
+    return linear(x, thrice, thrice)
+
+
+def boxes(radius, size):
+    """(N, size, size): one pass of Pillow's extended box blur over `size` pixels.
+
+    The box has 2 * whole + 1 pixels of equal weight and one fractional pixel at each end, so that three passes have
+    the variance radius ** 2 (Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
+    Filtering, 2011).
+    """
+    variance = radius.square() / 3
+    length = (12 * variance + 1).sqrt()
+    whole = ((length - 1) / 2).floor()
+    odd = 2 * whole + 1
+    fraction = odd * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
+    whole, fraction, odd = whole[:, None, None], fraction[:, None, None], odd[:, None, None]
+    pixel = torch.arange(size, device=radius.device, dtype=radius.dtype)
+    distance = pixel - pixel[:, None]
+    # The box's weights, summed up to a distance from its centre. A pixel's own weight is a difference of two sums, and
+    # the pixels at the ends take all that lies beyond them: the edge is repeated.
+    upto = (distance + whole + 1).clamp_(min=0).minimum(odd)
+    upto = upto + fraction * ((distance >= -whole - 1).float() + (distance > whole))
+    upto[:, :, -1:] = odd + 2 * fraction
+    return upto.diff(dim=2, prepend=torch.zeros_like(upto[:, :, :1])) / (odd + 2 * fraction)
+
+
+def finish(x, mean, std):
+    """(N, S, 3, S) in 0..255 -> (N, 3, S, S) normalised, channels last."""
+    x = (x - mean).div_(std)
+    return x.transpose(2, 3).contiguous().permute(0, 3, 1, 2)
+
+
+def statistics(mean, std, device):
+    return [255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1) for values in (mean, std)]
+
+
+def validation(images, size, mean, std):
+    """Resizes the shorter side to 9/8 of `size` (36 for 32) and cuts out the centre, as torchvision does.
+
+    (N, 3, H, W) uint8 -> (N, 3, size, size) float32, normalised, channels last.
+    """
+    height, width = images.shape[2:]
+    short = round(size * 9 / 8)
+    resized = [short * side // min(height, width) for side in (height, width)]
+    (by_rows, by_columns) = (
+        resizing(side, out, images.device)[:, (first := round((out - size) / 2)) : first + size]
+        for side, out in zip((height, width), resized, strict=True)
+    )
+    count = len(images)
+    x = linear(rows_first(images), by_rows.expand(count, -1, -1), by_columns.expand(count, -1, -1))
+    return finish(x, *statistics(mean, std, images.device))
+
+
+def as_they_are(images, size, mean, std):
+    """As `validation`, without the crop: resized only where they have another size."""
+    count, _, height, width = images.shape
+    x = rows_first(images)
+    if (height, width) != (size, size):
+        by_rows, by_columns = (resizing(side, size, images.device).expand(count, -1, -1) for side in (height, width))
+        x = linear(x, by_rows, by_columns)
+    return finish(x, *statistics(mean, std, images.device))
+
+
+def resizing(size, out, device):
+    """(1, out, size): resizes a whole row of pixels."""
+    start, length = torch.tensor([[0.0], [size]], device=device)
+    return triangles(start, length, size, out)

@@ -1,0 +1,152 @@
+"""Checkpoints in MoCo's format: a dict of `epoch`, `arch`, `state_dict` (names begin with `module.`), `optimizer`,
+and what resuming needs besides. A checkpoint is data, not a program: it is loaded with `weights_only=True`.
+"""
+
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from moco.errors import RunError, UsageError
+
+LAST = "checkpoint_last.pth.tar"
+PREFIX = "module."
+
+# Options that a resumed run cannot change without becoming another run.
+FIXED = [
+    "objective",
+    "arch",
+    "stem",
+    "image_size",
+    "dataset",
+    "mean",
+    "std",
+    "batch_size",
+    "seed",
+    "aug_plus",
+    "mlp",
+    "moco_dim",
+    "moco_k",
+    "moco_m",
+    "moco_t",
+    "groups",
+    "views",
+]
+# Options whose change is legitimate, but never silent.
+ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
+
+
+def save(path, checkpoint):
+    """Writes beside `path`, flushes and renames: `path` is always whole, the old checkpoint or the new one."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        beside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"checkpoint '{path}' could not be written: {reason} (the one before it is whole)") from None
+
+
+def keep(path, name):
+    """A second name for a checkpoint that was just saved; `path` itself will be replaced, not written to."""
+    path, kept = Path(path), Path(path).with_name(name)
+    beside = kept.with_name(name + ".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, beside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, beside)
+        os.replace(beside, kept)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RunError(f"checkpoint '{kept}' could not be written: {error.strerror}") from None
+
+
+def load(path):
+    """The checkpoint's dict, on the CPU.
+
+    Raises:
+        UsageError: no such file. RunError: it is truncated, no checkpoint, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) and "weights_only" in str(error).lower():
+            raise RunError(f"checkpoint '{path}' holds more than tensors and plain values, and is not opened") from None
+        raise RunError(f"'{path}' is no checkpoint") from None
+    except Exception as error:  # a damaged file can fail anywhere in torch.load
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise RunError(f"checkpoint '{path}' is damaged or is none: {reason}") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(value, torch.Tensor):
+            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no tensor")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
+    return checkpoint
+
+
+def with_prefix(state_dict):
+    return {PREFIX + name: value for name, value in state_dict.items()}
+
+
+def load_state(module, state_dict, path):
+    """Loads weights whose names begin with `module.`; RunError says which are missing, unknown or of another shape."""
+    state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state_dict]
+    wrong += [f"{name} is unknown" for name in state_dict if name not in own]
+    wrong += [
+        f"{name} is {tuple(value.shape)} there, {tuple(own[name].shape)} here"
+        for name, value in state_dict.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RunError(f"checkpoint '{path}' does not fit this network: {'; '.join(wrong[:3])}{more}")
+    module.load_state_dict(state_dict)
+
+
+def find(args):
+    """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
+    if args.resume != "auto":
+        return args.resume
+    last = Path(args.output_dir, LAST)
+    return last if last.is_file() else None
+
+
+def compare_options(options, args, path):
+    """Stops at options that would silently make a resumed run another one; returns the lines that announce the rest."""
+    now = vars(args)
+
+    def flag(name):
+        name = {"weight_decay": "wd", "groups": "bn-splits"}.get(name, name)
+        return f"--{name.replace('_', '-')}"
+
+    def differ(names):
+        return [(n, options[n], now[n]) for n in names if n in options and n in now and options[n] != now[n]]
+
+    for name, there, here in differ(FIXED):
+        if name == "objective":
+            raise UsageError(f"checkpoint '{path}' was trained with {there}, this script trains {here}")
+        if name == "groups":
+            raise UsageError(
+                f"checkpoint '{path}' was trained with batch norm over {there} groups (--bn-splits times processes), "
+                f"this run has {here}"
+            )
+        raise UsageError(f"checkpoint '{path}' was trained with {flag(name)} {there}, this run has {here}")
+    return [f"{flag(name)} was {there} and is now {here}" for name, there, here in differ(ANNOUNCED)]

@@ -1,0 +1,346 @@
+"""Where images come from: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
+
+Small images of one size live in memory, on the device that trains, as one uint8 tensor; views are then made in
+batches. Others are decoded in loader processes. Either way every random choice is a function of (seed, epoch, step or
+image, view), never of the process or worker that makes it.
+"""
+
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from moco import augment, distributed
+from moco.errors import RunError, UsageError
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
+    "imagefolder": CIFAR10,
+    "cifar10": CIFAR10,
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digits": ((0.3054,) * 3, (0.3753,) * 3),
+}
+VALIDATION_DIGITS = 360  # the last of the 1,797: other writers than the first ones
+LARGEST_SIDE = 96  # images up to this size are kept in memory ...
+LARGEST_DATASET = 8 << 30  # ... as long as all of them take fewer bytes than this
+
+# What a random choice is for: part of its seed, so that no two choices share a stream.
+IMAGES, KEYS, PARAMETERS, JITTER, PILLOW = range(5)
+
+
+def generator(*numbers):
+    """A torch.Generator seeded with all of these whole numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+@dataclass
+class Split:
+    """The training or the validation images.
+
+    labels: (N,) int64 on the CPU. Either images: (N, 3, H, W) uint8 on the device, or paths: their N files.
+    """
+
+    labels: torch.Tensor
+    classes: list
+    images: torch.Tensor | None = None
+    paths: list | None = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def pillow(self, index):
+        if self.paths is not None:
+            return open_image(self.paths[index])
+        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+
+
+def resolve(args):
+    """The data set that `--dataset auto` stands for, after a look at the folder."""
+    if args.dataset == "digits":
+        return "digits"
+    if args.data is None:
+        raise UsageError("name the data folder, the last argument (or use --dataset digits, which needs none)")
+    if args.dataset != "auto":
+        return args.dataset
+    folder = Path(args.data)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"data folder '{folder}' {what} (to download CIFAR-10 to it, add --dataset cifar10)")
+    return "imagefolder" if (folder / "train").is_dir() else "cifar10"
+
+
+def load(name, folder, train, device, in_memory=True):
+    """The training or validation Split of a data set, in memory on `device` where it fits and `in_memory` is true."""
+    if name == "digits":
+        split = digits(train)
+    elif name == "imagefolder":
+        split = image_folder(folder, train, in_memory)
+    else:
+        split = cifar(name, folder, train)
+    if in_memory and split.images is not None:
+        split.images = split.images.to(device)
+    return split
+
+
+def digits(train):
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
+    part = slice(None, -VALIDATION_DIGITS) if train else slice(-VALIDATION_DIGITS, None)
+    return Split(torch.from_numpy(labels[part]).long(), [str(d) for d in range(10)], torch.from_numpy(images[part]))
+
+
+def cifar(name, folder, train):
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    patience = socket.getdefaulttimeout()
+    try:
+        if distributed.rank() == 0:
+            try:
+                kind(folder, train)
+            except RuntimeError:  # not there, or not whole
+                socket.setdefaulttimeout(30)
+                kind(folder, train, download=True)
+        distributed.barrier()
+        data = kind(folder, train)
+    except Exception as error:  # the many ways in which a download or an archive can fail
+        reason = " ".join(str(error).split()) or type(error).__name__
+        title = "CIFAR-10" if name == "cifar10" else "CIFAR-100"
+        raise RunError(
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Split(torch.tensor(data.targets), data.classes, images)
+
+
+def image_folder(folder, train, in_memory):
+    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class."""
+    if train:
+        root = Path(folder, "train")
+        if not root.is_dir():
+            raise UsageError(f"'{folder}' has no train/ folder")
+    else:
+        root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
+        if root is None:
+            raise UsageError(f"'{folder}' has no validation images: neither val/ nor test/ is there")
+    classes = class_folders(root)
+    if not train and (missing := set(classes) ^ set(class_folders(Path(folder, "train")))):
+        raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(images_below(root / name))
+        if not found:
+            raise UsageError(f"class folder '{root / name}' holds no image ({' '.join(IMG_EXTENSIONS)})")
+        paths += found
+        labels += [label] * len(found)
+    images = decode(paths, root.name) if in_memory else None
+    return Split(torch.tensor(labels), classes, images, paths)
+
+
+def class_folders(root):
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"'{root}' holds no class folders")
+    return names
+
+
+def images_below(root):
+    seen = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        inside[:] = [name for name in inside if os.path.realpath(os.path.join(folder, name)) not in seen]
+        yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
+
+
+def open_image(path):
+    """A PIL image in RGB; RunError names the file that is none."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip its values, not scale them
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly everything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"image '{path}' cannot be read: {reason}") from None
+
+
+def decode(paths, title):
+    """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they are loaded as they come."""
+    width, height = open_image(paths[0]).size
+    if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
+        return None
+    images = np.empty((len(paths), height, width, 3), np.uint8)
+
+    def read(i):
+        image = open_image(paths[i])
+        if image.size != (width, height):
+            return False
+        images[i] = image
+        return True
+
+    with ThreadPoolExecutor(min(16, cores())) as pool:
+        done = pool.map(read, range(len(paths)))
+        quiet = None if distributed.rank() == 0 else True  # None: a bar only on a terminal
+        for same in tqdm(done, f"reading {title}/", len(paths), disable=quiet, leave=False, unit="image"):
+            if not same:
+                pool.shutdown(cancel_futures=True)
+                return None
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class Batches:
+    """The global batches of an epoch, and of each this process's share of views.
+
+    Args:
+        recipes: an augment.Recipe a view. Of two views the second one is the key's.
+        shuffle_keys: make key views of other rows of the batch than query views, and say which (Shuffling BN).
+        drop_last: leave out the last batch where it is smaller than the others.
+    """
+
+    def __init__(self, split, recipes, args, device, *, shuffle_keys=False, drop_last=True):
+        self.split, self.recipes, self.device, self.seed = split, recipes, device, args.seed
+        self.batch, self.shuffle_keys, self.drop_last = args.batch_size, shuffle_keys, drop_last
+        self.labels = split.labels.to(device)
+        if drop_last and len(split) < self.batch:
+            raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {self.batch})")
+        if split.images is not None and args.views == "batched":
+            self.views = [augment.Views(r, args.mean, args.std, device, args.compile) for r in recipes]
+            self.loader = None
+        else:
+            self.plan = []  # what the sampler hands to the workers; a new one each epoch
+            self.loader = self.workers(args)
+
+    def __len__(self):
+        return len(self.split) // self.batch if self.drop_last else -(-len(self.split) // self.batch)
+
+    def epoch(self, epoch, first=0):
+        """From step `first` on, yields (views, labels, order).
+
+        views: a (n, 3, S, S) float32 tensor a view, of this process's n rows. labels: (n,) int64, of the queries.
+        order: (B,) int64, with shuffle_keys: row j of the global batch of key views shows image order[j] of it.
+        """
+        index = torch.randperm(len(self.split), generator=generator(self.seed, epoch, IMAGES))
+        batches = list(index.split(self.batch))[: len(self)]
+        orders = [None] * len(self)
+        if self.shuffle_keys:
+            orders = torch.rand(len(self), self.batch, generator=generator(self.seed, epoch, KEYS)).argsort(1)
+        make = self.in_batches if self.loader is None else self.in_workers
+        return make(epoch, first, batches, orders)
+
+    def rows(self, batch, view, order):
+        """The rows of the data set whose `view` this process makes."""
+        rows = batch[order] if view == 1 and order is not None else batch
+        return rows.tensor_split(distributed.world_size())[distributed.rank()]
+
+    def in_batches(self, epoch, first, batches, orders):
+        height, width = self.split.images.shape[2:]
+        device = self.device
+        drawn = []
+        for view, recipe in enumerate(self.recipes):
+            rng = generator(self.seed, epoch, PARAMETERS, view)
+            drawn.append(recipe.draw(len(self.split), height, width, rng).to(device))
+        jitter = [generator(self.seed, epoch, JITTER, view) for view in range(len(self.recipes))]
+        # One transfer an epoch; the rest happens on the device.
+        index = torch.cat(batches).to(device)
+        batches = list(index.split(self.batch))
+        if self.shuffle_keys:
+            orders = orders.to(device)
+        for step, (batch, order) in enumerate(zip(batches, orders, strict=True)):
+            colour = [r.draw_order(j) for r, j in zip(self.recipes, jitter, strict=True)]
+            if step < first:
+                continue
+            made = []
+            for view, views in enumerate(self.views):
+                rows = self.rows(batch, view, order)
+                made.append(views(self.split.images[rows], drawn[view][rows], colour[view]))
+            yield made, self.labels[self.rows(batch, 0, order)], order
+
+    def in_workers(self, epoch, first, batches, orders):
+        steps = list(zip(batches, orders, strict=True))[first:]
+        self.plan[:] = [
+            [(epoch, i, view) for view in range(len(self.recipes)) for i in self.rows(batch, view, order).tolist()]
+            for batch, order in steps
+        ]
+        for (batch, order), images in zip(steps, self.loader, strict=True):
+            if isinstance(images, Exception):
+                raise images
+            made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            made = list(made.split(len(self.rows(batch, 0, order))))
+            labels = self.labels[self.rows(batch, 0, order).to(self.device)]
+            yield made, labels, None if order is None else order.to(self.device)
+
+    def workers(self, args):
+        transforms = [recipe.transform(args.mean, args.std) for recipe in self.recipes]
+        count = min(-(-args.workers // args.processes_on_node), cores())
+        return DataLoader(
+            PillowViews(self.split, transforms, args.seed),
+            batch_sampler=self.plan,
+            collate_fn=collate,
+            num_workers=count,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=count > 0,
+        )
+
+
+class PillowViews(Dataset):
+    """Views made by torchvision's transforms of PIL images; an item is named by (epoch, index, view)."""
+
+    def __init__(self, split, transforms, seed):
+        self.split, self.transforms, self.seed = split, transforms, seed
+
+    def __getitem__(self, item):
+        epoch, index, view = item
+        try:
+            image = self.split.pillow(index)
+        except RunError as error:  # one that is raised here would arrive with the worker's traceback in its text
+            return error
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+            torch.manual_seed(generator(self.seed, epoch, PILLOW, index, view).initial_seed())
+            return self.transforms[view](image)
+
+
+def collate(items):
+    broken = next((item for item in items if isinstance(item, Exception)), None)
+    return broken or torch.stack(items)
+
+
+class Centres:
+    """This process's share of the validation images, in batches: (images (n, 3, S, S) float32, labels (n,))."""
+
+    def __init__(self, split, args, device, crop=True):
+        self.split, self.device, self.batch, self.args = split, device, args.batch_size, args
+        self.centre = augment.validation if crop else augment.as_they_are
+        self.labels = split.labels.to(device)
+
+    def __iter__(self):
+        mine = range(distributed.rank(), len(self.split), distributed.world_size())
+        args = self.args
+        with ThreadPoolExecutor(min(16, cores())) as pool:
+            for start in range(0, len(mine), self.batch):
+                rows = torch.tensor(mine[start : start + self.batch])
+                if self.split.images is not None:
+                    images = self.split.images[rows.to(self.split.images.device)].to(self.device)
+                    images = self.centre(images, args.image_size, args.mean, args.std)
+                else:
+                    images = torch.cat(list(pool.map(self.decoded, rows.tolist())))
+                yield images, self.labels[rows.to(self.device)]
+
+    def decoded(self, index):
+        image = torch.from_numpy(np.array(open_image(self.split.paths[index]))).permute(2, 0, 1)[None].to(self.device)
+        return self.centre(image, self.args.image_size, self.args.mean, self.args.std)

@@ -1,0 +1,73 @@
+"""Evaluation: top-k accuracy, and the kNN monitor on frozen features."""
+
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from moco import data, distributed
+
+
+def topk_hits(scores, labels, ks=(1, 5)):
+    """How many of the labels (N,) are among the k highest of the scores (N, classes), for each k: (len(ks),) int64."""
+    best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return torch.stack([hits[:, :k].any(1).sum() for k in ks])
+
+
+def frozen(encoder):
+    """A copy of an encoder for fast inference: no `fc`, eval mode, batch norm folded into the convolutions.
+
+    (N, 3, H, W) -> (N, width).
+    """
+    encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    encoder.fc = nn.Identity()
+    for module in encoder.modules():
+        if isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Conv2d, nn.BatchNorm2d]:
+            module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d) and name.startswith("bn"):
+                conv = name.replace("bn", "conv")
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), norm))
+                setattr(module, name, nn.Identity())
+    return encoder.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def extract(encoder, split, args, device, crop=True):
+    """L2-normalised features (N, width) float32 and labels (N,) of a split, in its order, on every process."""
+    features, labels = [], []
+    for images, targets in data.Centres(split, args, device, crop):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            features.append(F.normalize(encoder(images).float(), dim=1))
+        labels.append(targets)
+    features, labels = torch.cat(features), torch.cat(labels)
+    processes = distributed.world_size()
+    if processes > 1:  # process r has rows r, r + processes, ...: equal shares are gathered, then interleaved
+        missing = -(-len(split) // processes) - len(features)
+        features = distributed.all_gather(F.pad(features, (0, 0, 0, missing)))
+        features = features.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(split)]
+        labels = split.labels.to(device)
+    return features, labels
+
+
+@torch.no_grad()
+def knn(encoder, train, validation, args, device, k=200, temperature=0.1):
+    """Top-1 accuracy in percent of the weighted nearest-neighbour vote (Wu et al., arXiv:1805.01978, section 3.4).
+
+    The k training features most similar to a validation feature vote for their labels with weight
+    exp(similarity / temperature). Features are those of the frozen encoder without its head.
+    """
+    encoder = frozen(encoder)
+    bank, bank_labels = extract(encoder, train, args, device)
+    queries, labels = extract(encoder, validation, args, device)
+    classes = len(train.classes)
+    right = 0
+    for query, label in zip(queries.split(1000), labels.split(1000), strict=True):
+        similarity, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = query.new_zeros(len(query), classes)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        right += (votes.argmax(1) == label).sum()
+    return 100 * int(right) / len(labels)

@@ -1,0 +1,142 @@
+"""What a user sees while a run goes on: a progress bar or lines, log.csv, TensorBoard."""
+
+import csv
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moco import distributed
+from moco.errors import RunError
+
+
+def say(text):
+    """A line on stdout, from the first process alone."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+class Progress:
+    """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere."""
+
+    def __init__(self, epoch, epochs, steps, images_per_step, first=0):
+        self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
+        self.first, self.done = first, first
+        self.start = self.mark = time.perf_counter()
+        self.waiting = 0.0
+        self.bar = None
+        if distributed.rank() == 0 and sys.stdout.isatty():
+            self.bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs - 1}", unit="step", leave=False)
+
+    def waited_for(self, iterable):
+        """The same items; counts the seconds that it takes to get them (on a GPU: to ask for them)."""
+        iterator = iter(iterable)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waiting += time.perf_counter() - start
+            yield item
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @property
+    def images_per_second(self):
+        return (self.done - self.first) * self.images / max(self.seconds, 1e-9)
+
+    def show(self, done, **values):
+        """After `done` steps of the epoch."""
+        now = time.perf_counter()
+        step_time = (now - self.mark) / max(done - self.done, 1)
+        data_time = self.waiting / max(done - self.done, 1)
+        self.mark, self.waiting = now, 0.0
+        moved, self.done = done - self.done, done
+        if distributed.rank() != 0:
+            return
+        left = self.seconds / max(done - self.first, 1) * (self.steps * (self.epochs - self.epoch) - done)
+        if self.bar is not None:
+            self.bar.update(moved)
+            self.bar.set_postfix({**values, "images/s": f"{self.images_per_second:.0f}"}, refresh=False)
+            return
+        shown = "  ".join(f"{name} {value}" for name, value in values.items())
+        print(
+            f"Epoch: [{self.epoch}][{done:{len(str(self.steps))}}/{self.steps}]  Time {step_time:.3f}  "
+            f"Data {data_time:.3f}  {shown}  images/s {self.images_per_second:.0f}  "
+            f"ETA {timedelta(seconds=round(left))}",
+            flush=True,
+        )
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Log:
+    """One row an epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard. Only the first process writes.
+
+    A resumed run drops the rows from its first epoch on: each epoch is there once.
+    """
+
+    def __init__(self, folder, name, columns, first_epoch=0):
+        self.columns = columns
+        self.writer = None
+        if distributed.rank() != 0:
+            return
+        self.path = Path(folder, f"{name}.csv")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write([row for row in read(self.path) if int(row["epoch"]) < first_epoch] if first_epoch else [])
+        except OSError as error:
+            raise RunError(f"'{self.path}' cannot be written: {error.strerror}") from None
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.writer = SummaryWriter(
+            os.path.join(folder, "tensorboard"), purge_step=first_epoch, filename_suffix=f".{name}"
+        )
+
+    def write(self, rows):
+        beside = self.path.with_name(self.path.name + ".tmp")
+        with open(beside, "w", newline="") as file:
+            table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(beside, self.path)
+        self.rows = list(rows)
+
+    def add(self, epoch, **values):
+        """Values may be None: not measured in this epoch."""
+        if distributed.rank() != 0:
+            return
+        row = {"epoch": epoch, **{name: rounded(value) for name, value in values.items()}}
+        try:
+            self.write([*self.rows, row])
+        except OSError as error:
+            raise RunError(f"'{self.path}' cannot be written: {error.strerror}") from None
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+def rounded(value):
+    return "" if value is None else f"{value:.7g}"
+
+
+def read(path):
+    """The rows of a log, as dicts of strings; none, if there is no log. A row that was cut short is left out."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit() and None not in row.values()]

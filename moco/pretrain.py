@@ -1,0 +1,298 @@
+"""The training loop of every pretraining script."""
+
+import math
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import checkpoint, data, distributed, evaluate, logs, options
+from moco.errors import RunError, UsageError
+from moco.logs import say
+
+WATCH_EVERY = 10  # steps between two looks at the health of the contrast: it costs a few passes over the logits
+COMPILE_STEPS = 20_000  # torch.compile takes a minute or two; a run of this many steps earns it back on a GPU
+COLUMNS = [
+    "epoch",
+    "loss",
+    "lr",
+    "images_per_second",
+    "seconds",
+    "accuracy",
+    "positive_similarity",
+    "negative_similarity",
+    "positives",
+    "knn",
+]
+
+
+def main(model_class, description, **recipe):
+    """What a pretraining script calls: MoCoOut and the like, the text of --help, and defaults that differ from MoCo's.
+
+    A model class says what it takes (`add_options`, `recipe`, `views`, `shuffle_keys`, `labelled`) and how it is made
+    (`from_options`); its forward returns the loss. See moco.builder.
+    """
+    parser = options.pretrain_parser(description)
+    model_class.add_options(parser)
+    parser.set_defaults(**recipe)
+    distributed.launch(partial(train, model_class), options.parse(parser))
+
+
+def learning_rate(epoch, args):
+    """At a moment of the run, in epochs (a step after the start of epoch 3 is 3 + 1 / steps).
+
+    Linear from `lr_start` to `lr` over the warm-up; then half a cosine from `lr` to `lr_final` over the rest, or lr
+    divided by 10 at each epoch of the schedule.
+    """
+    if epoch < args.warm_up:
+        return args.lr_start + (args.lr - args.lr_start) * epoch / args.warm_up
+    if args.cos:
+        done = (epoch - args.warm_up) / (args.epochs - args.warm_up)
+        return args.lr_final + (args.lr - args.lr_final) * (1 + math.cos(math.pi * done)) / 2
+    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def train(model_class, device, args):
+    resumed = prepare(args, device, model_class)
+    split = data.load(args.dataset, args.data, True, device, args.views == "batched")
+    steps = len(split) // args.batch_size
+    if args.compile is None:
+        args.compile = device.type == "cuda" and steps * args.epochs >= COMPILE_STEPS
+    recipe = replace(model_class.recipe(args), size=args.image_size)
+    batches = data.Batches(
+        split, [recipe] * model_class.views, args, device, shuffle_keys=model_class.shuffle_keys and args.groups > 1
+    )
+    validation = data.load(args.dataset, args.data, False, device) if args.knn_freq else None
+
+    torch.manual_seed(args.seed)
+    model = model_class.from_options(args, len(split.classes)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    # What the epoch has seen so far: kept on the device, read only when it is shown.
+    losses = torch.zeros(steps, device=device)
+    health = torch.zeros(5, device=device)  # sums of losses.contrast_health's four values, and their number
+    first_epoch, first_step = args.start_epoch, 0
+    if resumed:
+        first_epoch, first_step = restore(resumed, model, optimizer, losses, health, args)
+    if args.compile:
+        for encoder in model.children():
+            encoder.compile()
+    network = model
+    if distributed.world_size() > 1:
+        network = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
+    introduce(args, device, split, steps, first_epoch, first_step)
+
+    network.train()
+    with Interruption() as interruption:
+        for epoch in range(first_epoch, args.epochs):
+            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, first_step)
+            shown = first_step
+            for step, (views, labels, order) in enumerate(
+                progress.waited_for(batches.epoch(epoch, first_step)), start=first_step
+            ):
+                lr = learning_rate(epoch + step / steps, args)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                model.watch = step % WATCH_EVERY == 0
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                    loss = network(*views, labels, order=order) if model.labelled else network(*views, order=order)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+                losses[step] = loss.detach()
+                if model.watch and model.health is not None:
+                    health[:4] += model.health
+                    health[4] += 1
+                done = step + 1
+                if done % args.print_freq == 0 or done == steps or interruption.alone:
+                    stop = check(losses, shown, done, epoch, interruption)
+                    progress.show(done, Loss=f"{losses[step]:.4f} ({losses[:done].mean():.4f})", lr=f"{lr:.4g}")
+                    shown = done
+                    if stop and done < steps:
+                        progress.close()
+                        save(args, model, optimizer, epoch, done, losses, health)
+                        say(f"stopped in epoch {epoch} after step {done}; --resume auto goes on from there")
+                        interruption.leave()
+            progress.close()
+            average_statistics(model)
+            row = summary(losses, health, lr, progress)
+            if args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
+                row["knn"] = evaluate.knn(model.encoder_q, split, validation, args, device)
+            log.add(epoch, **row)
+            describe(epoch, row, args)
+            losses.zero_()
+            health.zero_()
+            first_step = 0
+            # The log comes first: a resumed run drops what it will write again.
+            save(args, model, optimizer, epoch + 1, 0, losses, health)
+            if interruption.agreed:
+                say(f"stopped after epoch {epoch}; --resume auto goes on from there")
+                interruption.leave()
+    log.close()
+
+
+def prepare(args, device, model_class):
+    """Settles what the command line leaves open; returns the checkpoint to go on from, or None."""
+    options.settle(args, device)
+    if args.batch_size % (distributed.world_size() * args.bn_splits):
+        raise UsageError(f"-b {args.batch_size} cannot be cut into --bn-splits {args.bn_splits} equal chunks")
+    args.groups = distributed.world_size() * args.bn_splits
+    if args.batch_size < 2 * args.groups:
+        raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
+    args.objective = model_class.__name__
+    path = checkpoint.find(args)
+    resumed = checkpoint.load(path) if path else None
+    saved = (resumed or {}).get("options")
+    saved = saved if isinstance(saved, dict) else {}
+    args.seed = options.shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
+    if resumed:
+        if resumed.get("arch") != args.arch:
+            raise UsageError(f"checkpoint '{path}' was trained with -a {resumed.get('arch')}, this run has {args.arch}")
+        for line in checkpoint.compare_options(saved, args, path):
+            say(f"note: {line}")
+        resumed["path"] = path
+    return resumed
+
+
+def restore(resumed, model, optimizer, losses, health, args):
+    """Weights, optimizer and the state of a begun epoch; returns the epoch and the step to go on from."""
+    path = resumed["path"]
+    checkpoint.load_state(model, resumed["state_dict"], path)
+    try:
+        optimizer.load_state_dict(resumed["optimizer"])
+        epoch, step = int(resumed["epoch"]), int(resumed.get("step", 0))
+        if step:
+            losses[:step] = resumed["losses"]
+            health.copy_(resumed["health"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
+    for group in optimizer.param_groups:
+        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+    if args.start_epoch and args.start_epoch != epoch:
+        epoch, step = args.start_epoch, 0
+    if epoch >= args.epochs:
+        say(f"'{path}' has all of its {args.epochs} epochs: there is nothing left to do")
+    return epoch, step
+
+
+def save(args, model, optimizer, epoch, step, losses, health):
+    """`epoch` epochs are complete, and `step` steps of the next one."""
+    if step:
+        average_statistics(model)
+    if distributed.rank() != 0:
+        return
+    content = {
+        "epoch": epoch,
+        "arch": args.arch,
+        "state_dict": checkpoint.with_prefix(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "options": options.plain(args),
+    }
+    if step:
+        content |= {"step": step, "losses": losses[:step].clone(), "health": health}
+    path = Path(args.output_dir, checkpoint.LAST)
+    checkpoint.save(path, content)
+    if not step and (epoch % args.save_freq == 0 or epoch == args.epochs):
+        checkpoint.keep(path, f"checkpoint_{epoch - 1:04d}.pth.tar")
+
+
+def check(losses, shown, done, epoch, interruption):
+    """Makes the losses since the last look global, stops at one that is not finite; do the processes agree to stop?"""
+    asked = losses.new_tensor([float(interruption.asked)])
+    fresh = distributed.all_mean(torch.cat([losses[shown:done], asked]))
+    losses[shown:done] = fresh[:-1]
+    wrong = (~fresh.isfinite()).nonzero()
+    if len(wrong):
+        raise RunError(
+            f"the loss of epoch {epoch}, step {shown + int(wrong[0])}, is not finite; a lower --lr, a longer --warm-up "
+            "or a higher --moco-t may help. The last checkpoint is from before it"
+        )
+    interruption.agreed = bool(fresh[-1] > 0)
+    return interruption.agreed
+
+
+def average_statistics(model):
+    """Batch norm's running statistics become their mean over the processes, as they would be in one process."""
+    running = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if distributed.world_size() > 1:
+        means = distributed.all_mean(torch.cat([b.flatten() for b in running])).split([b.numel() for b in running])
+        torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
+
+
+def summary(losses, health, lr, progress):
+    accuracy, positive, negative, positives = (distributed.all_mean(health)[:4] / health[4]).tolist()
+    watched = health[4] > 0
+    row = dict(loss=losses.mean().item(), lr=lr, images_per_second=progress.images_per_second)
+    row["seconds"] = progress.seconds
+    if watched:
+        row |= dict(accuracy=accuracy, positive_similarity=positive, negative_similarity=negative, positives=positives)
+    return row
+
+
+def introduce(args, device, split, steps, epoch, step):
+    say(
+        f"{args.objective}: {args.arch} on {len(split):,} images of {len(split.classes)} classes, {steps} steps an "
+        f"epoch, on {distributed.world_size()} process{'es' * (distributed.world_size() > 1)} ({device.type}, "
+        f"{args.precision}{', compiled' * args.compile}), seed {args.seed}"
+    )
+    if epoch or step:
+        say(f"going on with epoch {epoch}, step {step}")
+
+
+def describe(epoch, row, args):
+    """The line that answers "is a loss near log K normal?"."""
+    text = f"epoch {epoch}: loss {row['loss']:.4f}"
+    if "accuracy" in row:
+        text += (
+            f", contrastive accuracy {row['accuracy']:.1%}, similarity to positives {row['positive_similarity']:.3f} "
+            f"and to negatives {row['negative_similarity']:.3f}, {row['positives']:.1f} positives a query"
+        )
+        if hasattr(args, "moco_k"):
+            text += f" (log K = {math.log(args.moco_k):.2f})"
+    if row.get("knn") is not None:
+        text += f", kNN {row['knn']:.2f}%"
+    say(f"{text}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s")
+
+
+class Interruption:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and leave; a second one ends it at once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.asked = 0
+        self.agreed = False  # all processes know
+
+    @property
+    def alone(self):
+        """Need not wait for the other processes' next look at it."""
+        return self.asked and distributed.world_size() == 1
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in self.signals}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = number
+        for s in self.signals:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def leave(self):
+        raise SystemExit(128 + (self.asked or signal.SIGTERM))

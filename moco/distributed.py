@@ -3,6 +3,7 @@
 Every function works without an initialised process group: then there is one process.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -111,8 +112,20 @@ def complain(error):
 
 
 def spawn(worker, args, processes):
+    """One process a GPU of this machine. What this process is asked by a signal, it passes on to them."""
+    context = mp.start_processes(spawned, (worker, args, processes), processes, join=False)
+
+    def pass_on(number, frame):
+        for pid in context.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all of them
     try:
-        mp.spawn(spawned, (worker, args, processes), nprocs=processes)
+        while not context.join():
+            pass
     except mp.ProcessExitedException as error:  # the process that failed has said why
         sys.exit(128 + signal.Signals[error.signal_name] if error.signal_name else error.exit_code)
 

@@ -40,7 +40,8 @@ def build(arch, stem="cifar"):
 
 
 def names():
-    return ["resnet20", *models.list_models(module=models.resnet)]
+    known = models.list_models(module=models)
+    return ["resnet20", *(n for n in known if models.get_model_builder(n).__module__ == models.resnet.__name__)]
 
 
 class PadShortcut(nn.Module):

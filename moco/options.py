@@ -6,9 +6,26 @@ import sys
 
 import torch
 
-from moco import data, distributed, logs
+from moco import augment, data, distributed, logs
 
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
+
+
+# Recipes of the linear evaluation: defaults of options, and what has no option (views of the training images, a
+# central crop of the validation images or all of them, the factor at each epoch of the schedule).
+LINEAR_RECIPES = {
+    "moco": dict(
+        batch_size=256, lr=30.0, schedule=[60, 80], train_views=augment.LINEAR, centre_crop=True, lr_decay=0.1
+    ),
+    "supcon": dict(
+        batch_size=512,
+        lr=5.0,
+        schedule=[60, 75, 90, 100],
+        train_views=augment.CROSS_ENTROPY,
+        centre_crop=False,
+        lr_decay=0.2,
+    ),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,12 +115,19 @@ def linear_parser(description):
     parser = base_parser(description, epochs=100, lr=30.0, weight_decay=0.0, schedule=[60, 80])
     parser.add_argument("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
     parser.add_argument(
+        "--recipe",
+        choices=tuple(LINEAR_RECIPES),
+        default="moco",
+        help="supcon: the evaluation of SupContrast's authors, batch 512, lr 5, its schedule and views (default: moco)",
+    )
+    parser.add_argument(
         "-e",
         "--evaluate",
         action="store_true",
         help="only evaluate the classifier of --resume on the validation images",
     )
-    parser.set_defaults(arch=None, image_size=None)
+    recipe = parser.parse_known_args()[0].recipe
+    parser.set_defaults(arch=None, image_size=None, stem=None, **LINEAR_RECIPES[recipe])
     return parser
 
 

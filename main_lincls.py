@@ -1,0 +1,204 @@
+"""Linear evaluation: trains a linear classifier on the frozen features of a pretraining checkpoint.
+
+    python main_lincls.py -a resnet50 --lr 1.0 -b 256 --pretrained checkpoint_0999.pth.tar data/
+
+The classifier starts at N(0, 0.01) with bias 0, the encoder stays in eval mode. The classifier of the best epoch is
+in model_best.pth.tar, with its encoder; this evaluates it again:
+
+    python main_lincls.py -e --resume model_best.pth.tar data/
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from moco import checkpoint, data, distributed, encoders, logs, options
+from moco.errors import RunError, UsageError
+from moco.evaluate import frozen, topk_hits
+from moco.logs import say
+
+LAST, BEST = "linear_last.pth.tar", "model_best.pth.tar"
+COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds"]
+
+
+def main():
+    distributed.launch(evaluate, options.parse(options.linear_parser(__doc__)))
+
+
+def evaluate(device, args):
+    if args.resume == "auto":
+        last = Path(args.output_dir, LAST)
+        args.resume = str(last) if last.is_file() else None
+    source = args.resume or args.pretrained
+    if source is None:
+        raise UsageError("name the checkpoint: --pretrained PATH (or --resume PATH, for one of this script's own)")
+    if args.evaluate and not args.resume:
+        raise UsageError("-e evaluates a trained classifier: name it with --resume (this script's model_best.pth.tar)")
+    saved = checkpoint.load(source)
+    weights = encoder_weights(saved["state_dict"], source)
+    take_options(args, saved, weights, source)
+    options.settle(args, device)
+
+    validation = data.load(args.dataset, args.data, False, device)
+    classes = len(validation.classes)
+    trained = args.resume is not None
+    encoder = encoders.build(args.arch, args.stem)(num_classes=classes)
+    load_encoder(encoder, weights, source, classifier=trained)
+    encoder.to(device, memory_format=torch.channels_last)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    backbone, classifier = frozen(encoder), encoder.fc
+    if args.evaluate:
+        top1, top5 = validate(backbone, classifier, validation, args, device)
+        say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
+        return
+
+    args.seed = options.shared_seed(args.seed, device)
+    split = data.load(args.dataset, args.data, True, device, args.views == "batched")
+    args.compile = bool(args.compile)
+    recipe = replace(args.train_views, size=args.image_size)
+    batches = data.Batches(split, [recipe], args, device, drop_last=False)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+    )
+    if not trained:
+        torch.manual_seed(args.seed)
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)
+    first_epoch, best = args.start_epoch, None
+    if trained:
+        first_epoch, best = restore(saved, optimizer, args)
+    if args.compile:
+        backbone.compile()
+    log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
+    say(
+        f"linear classifier of {classes} classes on {args.arch} from '{source}': {len(split):,} images, {len(batches)} steps an epoch"
+    )
+
+    for epoch in range(first_epoch, args.epochs):
+        lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses = torch.zeros(len(batches), device=device)
+        progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size)
+        for step, ((images,), labels, _) in enumerate(progress.waited_for(batches.epoch(epoch))):
+            features = backbone_features(backbone, images, args, device)
+            # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
+            batch = min(args.batch_size, len(split) - step * args.batch_size)
+            loss = F.cross_entropy(classifier(features), labels, reduction="sum") / batch
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in classifier.parameters():
+                distributed.all_sum(parameter.grad)
+            optimizer.step()
+            losses[step] = loss.detach()
+            if (step + 1) % args.print_freq == 0 or step + 1 == len(batches):
+                progress.show(
+                    step + 1, Loss=f"{losses[: step + 1].mean() * distributed.world_size():.4f}", lr=f"{lr:.4g}"
+                )
+        progress.close()
+        loss = distributed.all_sum(losses).mean().item()
+        if loss != loss or loss == float("inf"):
+            raise RunError(f"the loss of epoch {epoch} is not finite: try a lower --lr than {args.lr:g}")
+        top1, top5 = validate(backbone, classifier, validation, args, device)
+        if best is None or top1 > best["top1"]:
+            best = dict(top1=top1, top5=top5, epoch=epoch)
+        say(
+            f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} (epoch {best['epoch']})"
+        )
+        speed = dict(images_per_second=progress.images_per_second, seconds=progress.seconds)
+        log.add(epoch, loss=loss, lr=lr, top1=top1, top5=top5, **speed)
+        check_unchanged(encoder, before)
+        if distributed.rank() == 0:
+            save(encoder, optimizer, epoch, best, args)
+    log.close()
+    if best is None:
+        raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
+    say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
+
+
+def encoder_weights(state_dict, path):
+    """The query encoder in a checkpoint of ours or of MoCo's, or the whole network in one of this script's."""
+    names = [name.removeprefix("module.") for name in state_dict]
+    prefix = "encoder_q." if any(name.startswith("encoder_q.") for name in names) else ""
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in zip(names, state_dict.values(), strict=True)
+        if name.startswith(prefix)
+    }
+    if "conv1.weight" not in weights:
+        raise RunError(f"checkpoint '{path}' holds no ResNet: neither encoder_q.conv1.weight nor conv1.weight is there")
+    return weights
+
+
+def take_options(args, saved, weights, path):
+    """What the command line leaves open is the checkpoint's: architecture, stem, image size and statistics."""
+    theirs = saved.get("options") if isinstance(saved.get("options"), dict) else {}
+    arch = saved.get("arch")
+    if args.arch is None:
+        args.arch = arch or "resnet50"
+    elif arch and arch != args.arch:
+        raise UsageError(f"checkpoint '{path}' was trained with -a {arch}, not {args.arch}")
+    args.stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
+    args.image_size = args.image_size or theirs.get("image_size") or (32 if args.stem == "cifar" else 224)
+    args.mean, args.std = args.mean or theirs.get("mean"), args.std or theirs.get("std")
+
+
+def load_encoder(encoder, weights, path, classifier):
+    """Everything but `fc`, unless the classifier is there too."""
+    own = encoder.state_dict()
+    weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
+    kept = {} if classifier else {name: value for name, value in own.items() if name.startswith("fc.")}
+    checkpoint.load_state(encoder, weights | kept, path)
+
+
+def restore(saved, optimizer, args):
+    best = saved.get("best")
+    if not isinstance(best, dict) or "optimizer" not in saved:
+        raise RunError(f"checkpoint '{args.resume}' is not one of this script's: name an encoder with --pretrained")
+    optimizer.load_state_dict(saved["optimizer"])
+    say(f"going on with epoch {saved['epoch']} of '{args.resume}'")
+    return int(saved["epoch"]), best
+
+
+def save(encoder, optimizer, epoch, best, args):
+    content = {
+        "epoch": epoch + 1,
+        "arch": args.arch,
+        "state_dict": checkpoint.with_prefix(encoder.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "best": best,
+        "options": options.plain(args),
+    }
+    path = Path(args.output_dir, LAST)
+    checkpoint.save(path, content)
+    if best["epoch"] == epoch:
+        checkpoint.keep(path, BEST)
+
+
+@torch.no_grad()
+def backbone_features(backbone, images, args, device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        return backbone(images).float()
+
+
+@torch.no_grad()
+def validate(backbone, classifier, split, args, device):
+    """Top-1 and top-5 accuracy on the validation images, in percent."""
+    hits = torch.zeros(2, dtype=torch.long, device=device)
+    for images, labels in data.Centres(split, args, device, crop=args.centre_crop):
+        hits += topk_hits(classifier(backbone_features(backbone, images, args, device)), labels)
+    return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
+
+
+def check_unchanged(encoder, before):
+    """Every weight but the classifier's must be the pretrained one, bit for bit."""
+    for name, value in encoder.state_dict().items():
+        if not name.startswith("fc.") and not torch.equal(value, before[name]):
+            raise RunError(f"the frozen encoder has changed: {name} differs from the checkpoint's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""MoCo and its variants against a second implementation: loops, lists and float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco import encoders
+from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoSupLoss
+from moco.losses import in_loss
+
+VARIANTS = [MoCo, MoCoIn, MoCoOut, MoCoSupLoss]
+
+
+class Tiny(nn.Module):
+    """A convolution, a batch norm, a linear layer."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
+
+
+def make(variant, splits=1, **options):
+    torch.manual_seed(0)
+    return variant(Tiny, **{"dim": 8, "K": 20, "m": 0.9, "T": 0.2, "mlp": True, **options}, bn_splits=splits)
+
+
+def batch(step, n=8):
+    rng = torch.Generator().manual_seed(step)
+    views = torch.randn(2, n, 3, 6, 6, generator=rng)
+    labels = torch.randint(-1, 3, (n,), generator=rng)
+    return views[0], views[1], labels
+
+
+def call(model, im_q, im_k, labels, **options):
+    return model(im_q, im_k, labels, **options) if model.labelled else model(im_q, im_k, **options)
+
+
+class Reference:
+    """One process's MoCo, as the formulas say it, in float64."""
+
+    def __init__(self, model):
+        self.variant = type(model)
+        self.T, self.m, self.K = model.T, model.m, model.K
+        self.encoder_q = copy.deepcopy(model.encoder_q).double()
+        self.encoder_k = copy.deepcopy(model.encoder_k).double()
+        self.keys = list(model.queue.double().T)
+        self.labels = [UNLABELLED] * self.K
+        self.next = 0
+
+    def loss(self, im_q, im_k, labels):
+        q = F.normalize(self.encoder_q(im_q.double()), dim=1)
+        with torch.no_grad():
+            pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+            for theta_k, theta_q in pairs:
+                theta_k.copy_(self.m * theta_k + (1 - self.m) * theta_q)
+            k = F.normalize(self.encoder_k(im_k.double()), dim=1)
+        labels = labels.tolist()
+        total = 0
+        for i in range(len(q)):
+            members = self.members(i, q, k, labels)
+            s = torch.stack([q[i] @ feature / self.T for feature, _, _ in members])
+            ratio = s.exp() / s.exp().sum()
+            chosen = torch.tensor([own or (label == labels[i] != UNLABELLED) for _, label, own in members])
+            if self.variant is MoCo:
+                chosen = torch.tensor([own for _, _, own in members])
+            if self.variant is MoCoIn:
+                total = total - ratio[chosen].mean().log()
+            else:
+                total = total - ratio[chosen].log().mean()
+        for key, label in zip(k, labels, strict=True):
+            self.keys[self.next], self.labels[self.next] = key, label
+            self.next = (self.next + 1) % self.K
+        return total / len(q)
+
+    def members(self, i, q, k, labels):
+        """(feature, label, is it the query's own key?) of each member of A(i)."""
+        queue = [(key, label, False) for key, label in zip(self.keys, self.labels, strict=True)]
+        if self.variant is MoCo:
+            return [(k[i], labels[i], True), *queue]
+        keys = [(k[j], labels[j], j == i) for j in range(len(k))]
+        if self.variant is MoCoSupLoss:
+            keys += [(q[j], labels[j], False) for j in range(len(q)) if j != i]
+        return keys + queue
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_eight_steps_are_the_formulas(variant):
+    """The queue of 20 wraps around within a batch of 8."""
+    model = make(variant)
+    reference = Reference(model)
+    recipe = dict(lr=0.3, momentum=0.9, weight_decay=1e-3)
+    ours = torch.optim.SGD(model.encoder_q.parameters(), **recipe)
+    theirs = torch.optim.SGD(reference.encoder_q.parameters(), **recipe)
+    for step in range(8):
+        losses = []
+        for optimizer, loss in ((ours, call(model, *batch(step))), (theirs, reference.loss(*batch(step)))):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=2e-5), step
+    assert torch.allclose(model.queue.T.double(), torch.stack(reference.keys), atol=1e-4)
+    assert model.queue_ptr.item() == reference.next == 8 * 8 % 20
+    if model.labelled:
+        assert model.label_queue.tolist() == reference.labels
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_queue_wraps_around_and_takes_the_last_keys_of_a_long_batch(variant):
+    for size in (20, 8, 5, 3, 1):
+        model = make(variant, K=size)
+        written = []
+        for step in range(5):
+            im_q, im_k, labels = batch(step)
+            call(model, im_q, im_k, labels)
+            with torch.no_grad():
+                again = copy.deepcopy(model.encoder_k).train()
+                keys = F.normalize(again(im_k), dim=1)
+            written += list(zip(keys, labels.tolist(), strict=True))
+            assert model.queue_ptr.item() == len(written) % size
+        for position in range(len(written) - min(size, len(written)), len(written)):
+            key, label = written[position]
+            assert torch.allclose(model.queue[:, position % size], key, atol=1e-5)
+            if model.labelled:
+                assert model.label_queue[position % size] == label
+
+
+def test_slots_that_were_never_filled():
+    model = make(MoCoOut)
+    assert torch.allclose(model.queue.norm(dim=0), torch.ones(20), atol=1e-5)
+    assert (model.label_queue == UNLABELLED).all()
+    model.watch = True
+    im_q, im_k, _ = batch(0)
+    model(im_q, im_k, torch.full((8,), UNLABELLED))  # matches nothing but the query's own key
+    assert model.health[3] == 1
+
+
+def test_momentum_update_and_gradients():
+    model = make(MoCoOut)
+    before = [p.clone() for p in model.encoder_k.parameters()]
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(1)
+    call(model, *batch(0)).backward()
+    for old, k, q in zip(before, model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        assert torch.allclose(k, 0.9 * old + 0.1 * q, atol=1e-6)
+        assert k.grad is None and not k.requires_grad
+        assert q.grad is not None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_keys_of_shuffled_rows_come_back_in_order(variant, splits):
+    """What `order` undoes by index is what the model's own shuffle does to the images."""
+    im_q, im_k, labels = batch(0)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
+    direct = make(variant, splits)
+    loss = call(direct, im_q, im_k[order], labels, order=order)
+    by_hand = make(variant, splits)
+    torch.manual_seed(3)
+    drawn = torch.randperm(8)
+    torch.manual_seed(3)
+    gathered = call(by_hand, im_q, im_k, labels)
+    if splits == 1:  # one group: the shuffle changes nothing
+        assert gathered.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert torch.allclose(direct.queue, by_hand.queue, atol=1e-5)
+    again = make(variant, splits)
+    assert call(again, im_q, im_k[drawn], labels, order=drawn).item() == pytest.approx(gathered.item(), rel=1e-6)
+    assert torch.allclose(again.queue, by_hand.queue, atol=1e-6)
+
+
+def test_bn_splits_see_what_as_many_processes_would():
+    images = batch(0)[0]
+    model = make(MoCo, splits=2)
+    halves = []
+    for half in images.chunk(2):
+        encoder = copy.deepcopy(model.encoder_q)
+        halves.append((F.normalize(encoder(half), dim=1), encoder.bn1.running_mean, encoder.bn1.running_var))
+    features = model.encode(model.encoder_q, images)
+    assert torch.allclose(features, torch.cat([h[0] for h in halves]), atol=1e-6)
+    assert torch.allclose(model.encoder_q.bn1.running_mean, (halves[0][1] + halves[1][1]) / 2, atol=1e-6)
+    assert torch.allclose(model.encoder_q.bn1.running_var, (halves[0][2] + halves[1][2]) / 2, atol=1e-6)
+    features.sum().backward()
+
+
+def test_suploss_contrasts_within_a_process():
+    """With two chunks, a query meets the other queries and keys of its own chunk alone."""
+    torch.manual_seed(0)
+    q, k = (F.normalize(torch.randn(8, 8), dim=1) for _ in range(2))
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
+    two, one = make(MoCoSupLoss, splits=2), make(MoCoSupLoss)
+    halves = [one.objective(q[half], labels[half], k[half], labels[half]) for half in (slice(4), slice(4, 8))]
+    assert two.objective(q, labels, k, labels).item() == pytest.approx((sum(halves) / 2).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_extremes_stay_finite(variant):
+    cases = [dict(T=0.01), dict(K=3), dict(K=1), dict(T=1e-3, dim=2)]
+    for options in cases:
+        for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8)):
+            model = make(variant, **options)
+            for step in range(3):
+                im_q, im_k, _ = batch(step)
+                loss = call(model, im_q, im_k, labels)
+                loss.backward()
+                assert loss.isfinite()
+            assert all(p.grad.isfinite().all() for p in model.encoder_q.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_keeps_the_objective_in_float32(variant):
+    model = make(variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = call(model, *batch(0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(call(make(variant), *batch(0)).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_dict(variant):
+    model = variant(encoders.build("resnet18"), dim=16, K=32, mlp=True)
+    state = model.state_dict()
+    inner = {name.removeprefix("encoder_q.") for name in state if name.startswith("encoder_q.")}
+    assert {"conv1.weight", "layer4.1.bn2.running_var", "fc.0.weight", "fc.2.bias"} <= inner
+    assert {f"encoder_k.{name}" for name in inner} < set(state)
+    assert state["queue"].shape == (16, 32) and state["queue_ptr"].shape == (1,)
+    others = {name for name in state if not name.startswith("encoder_")} - {"queue", "queue_ptr"}
+    assert others == ({"label_queue"} if model.labelled else set())
+    if model.labelled:
+        assert state["label_queue"].shape == (32,) and state["label_queue"].dtype == torch.int64
+
+
+def test_defaults_of_the_constructor():
+    model = MoCoIn(Tiny)
+    assert (model.queue.shape, model.m, model.T) == ((128, 65536), 0.999, 0.07)
+    assert isinstance(model.encoder_q.fc, nn.Linear)
+
+
+def test_health_of_info_nce():
+    model = make(MoCo)
+    model.watch = True
+    im_q, im_k, _ = batch(0)
+    with torch.no_grad():
+        loss = model(im_q, im_k)
+    accuracy, positive, negative, positives = model.health.tolist()
+    assert 0 <= accuracy <= 1 and positives == 1 and -1 <= negative <= positive <= 1 and math.isfinite(loss)
+
+
+def test_a_variant_in_a_few_lines():
+    class Half(LabelAwareMoCo):
+        """Only positives of the queue: the step's own keys take no part."""
+
+        def objective(self, q, labels, k_all, labels_all):
+            positives = labels[:, None] == self.label_queue
+            return in_loss(q @ self.queue.clone() / self.T, positives)
+
+    model = make(Half)
+    losses = [call(model, *batch(step)) for step in range(3)]
+    assert losses[0] > -1 and all(loss.isfinite() for loss in losses)
+    losses[-1].backward()

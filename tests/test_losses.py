@@ -1,0 +1,154 @@
+"""The objectives against their formulas, written as loops in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco.losses import contrast_health, in_loss, info_nce, out_loss
+
+
+def formula(logits, positives, contrast, inside):
+    """Mean over the rows with a positive of L_in or L_out, one exponential at a time."""
+    total, rows = 0, 0
+    for i in range(len(logits)):
+        members = [a for a in range(logits.shape[1]) if contrast[i, a]]
+        chosen = [p for p in members if positives[i, p]]
+        if not chosen:
+            continue
+        top = max(logits[i, a].item() for a in members)
+        denominator = sum((logits[i, a] - top).exp() for a in members)
+        ratios = [(logits[i, p] - top).exp() / denominator for p in chosen]
+        if inside:
+            total = total - (sum(ratios) / len(ratios)).log()
+        else:
+            total = total + sum(-ratio.log() for ratio in ratios) / len(ratios)
+        rows += 1
+    return total / rows
+
+
+def case(n=6, m=17, scale=3.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, m, generator=rng, dtype=torch.float64)
+    positives = torch.rand(n, m, generator=rng) < 0.3
+    positives[:, 0] = True
+    contrast = torch.rand(n, m, generator=rng) < 0.8
+    contrast[:, 0] = True
+    return logits, positives, contrast
+
+
+everything = torch.ones(6, 17, dtype=torch.bool)
+
+
+def both(logits):
+    """The same values as a float32 and as a float64 leaf."""
+    return logits.float().requires_grad_(), logits.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_and_out_are_their_formulas(seed):
+    logits, positives, contrast = case(seed=seed)
+    for loss, inside, mask in ((in_loss, True, None), (out_loss, False, None), (out_loss, False, contrast)):
+        ours, theirs = both(logits)
+        value = loss(ours, positives) if mask is None else loss(ours, positives, mask)
+        wanted = formula(theirs, positives, everything if mask is None else mask, inside)
+        assert value.dtype == torch.float32 and value.shape == ()
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+        value.backward()
+        wanted.backward()
+        assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
+
+
+def test_info_nce_is_cross_entropy_against_the_own_key():
+    rng = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(5, 8, generator=rng, dtype=torch.float64), dim=1) for _ in range(2))
+    queue = F.normalize(torch.randn(8, 11, generator=rng, dtype=torch.float64), dim=0)
+    wanted = 0
+    for i in range(5):
+        own = math.exp(q[i] @ k[i] / 0.1)
+        wanted -= math.log(own / (own + sum(math.exp(q[i] @ queue[:, a] / 0.1) for a in range(11)))) / 5
+    assert info_nce(q.float(), k.float(), queue.float(), 0.1).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
+def test_large_logits(scale):
+    logits, positives, contrast = case()
+    logits = (logits / logits.abs().max() * scale).float().double()
+    for value, wanted, leaf in large_losses(logits, positives, contrast):
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+        value.backward()
+        assert leaf.grad.isfinite().all()
+
+
+def large_losses(logits, positives, contrast):
+    def by_logarithms(mask, inside):
+        denominator = logits.masked_fill(~mask, -math.inf).logsumexp(1, keepdim=True)
+        log_ratio = logits - denominator
+        chosen = positives & mask
+        if inside:
+            rows = chosen.sum(1).log() - log_ratio.masked_fill(~chosen, -math.inf).logsumexp(1)
+        else:
+            rows = -(log_ratio * chosen).sum(1) / chosen.sum(1)
+        return rows.mean()
+
+    ours = [logits.float().requires_grad_() for _ in range(3)]
+    yield in_loss(ours[0], positives), by_logarithms(everything, True), ours[0]
+    yield out_loss(ours[1], positives), by_logarithms(everything, False), ours[1]
+    yield out_loss(ours[2], positives, contrast), by_logarithms(contrast, False), ours[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    logits, positives, contrast = case()
+    logits = logits.to(dtype)
+    for loss in (in_loss, out_loss):
+        assert loss(logits, positives).dtype == torch.float32
+        assert loss(logits, positives) == loss(logits.float(), positives)
+    assert out_loss(logits, positives, contrast) == out_loss(logits.float(), positives, contrast)
+
+
+@pytest.mark.parametrize("loss", [in_loss, out_loss])
+def test_rows_without_a_positive_do_not_count(loss):
+    logits, positives, _ = case()
+    positives[2] = False
+    rest = [0, 1, 3, 4, 5]
+    assert loss(logits, positives).item() == pytest.approx(loss(logits[rest], positives[rest]).item(), rel=1e-6)
+    logits.requires_grad_()
+    nothing = loss(logits, torch.zeros_like(positives))
+    assert nothing == 0
+    nothing.backward()
+    assert (logits.grad == 0).all()
+
+
+def test_a_positive_outside_the_contrast_set_does_not_count():
+    logits, positives, contrast = case()
+    contrast[:, 0] = False
+    logits.requires_grad_()
+    out_loss(logits, positives, contrast).backward()
+    assert (logits.grad[~contrast] == 0).all()
+    assert not out_loss(logits, positives, torch.zeros_like(contrast)).isnan()
+
+
+def test_in_is_at_most_out_and_equal_for_one_positive():
+    logits, positives, _ = case()
+    assert in_loss(logits, positives) < out_loss(logits, positives)  # Jensen's inequality
+    one = torch.zeros_like(positives)
+    one[:, 0] = True
+    wanted = F.cross_entropy(logits, torch.zeros(6, dtype=torch.long)).item()
+    assert in_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
+    assert out_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
+    assert in_loss(logits, everything).item() == pytest.approx(math.log(17), rel=1e-6)
+
+
+def test_health_by_counting():
+    logits, positives, contrast = case()
+    right, positive, negative, number = 0, [], [], 0
+    for i in range(6):
+        members = [a for a in range(17) if contrast[i, a]]
+        right += bool(positives[i, max(members, key=lambda a: logits[i, a])])
+        positive += [logits[i, a].item() * 0.2 for a in members if positives[i, a]]
+        negative += [logits[i, a].item() * 0.2 for a in members if not positives[i, a]]
+        number += sum(bool(positives[i, a]) for a in members)
+    wanted = [right / 6, sum(positive) / len(positive), sum(negative) / len(negative), number / 6]
+    assert contrast_health(logits, positives, 0.2, contrast).tolist() == pytest.approx(wanted, rel=1e-4)

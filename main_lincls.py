@@ -42,7 +42,7 @@ def evaluate(device, args):
     take_options(args, saved, weights, source)
     options.settle(args, device)
 
-    validation = data.load(args.dataset, args.data, False, device)
+    validation = data.load(args, False, device)
     classes = len(validation.classes)
     trained = args.resume is not None
     encoder = encoders.build(args.arch, args.stem)(num_classes=classes)
@@ -56,7 +56,7 @@ def evaluate(device, args):
         return
 
     args.seed = options.shared_seed(args.seed, device)
-    split = data.load(args.dataset, args.data, True, device, args.views == "batched")
+    split = data.load(args, True, device)
     args.compile = bool(args.compile)
     recipe = replace(args.train_views, size=args.image_size)
     batches = data.Batches(split, [recipe], args, device, drop_last=False)

@@ -34,6 +34,7 @@ FIXED = [
     "moco_t",
     "groups",
     "views",
+    "per_class",
 ]
 # Options whose change is legitimate, but never silent.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]

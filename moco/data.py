@@ -58,6 +58,17 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def first(self, per_class):
+        """The first images of each class, in their order."""
+        rank = torch.zeros_like(self.labels)  # of an image within its class
+        for label in range(len(self.classes)):
+            mine = self.labels == label
+            rank[mine] = torch.arange(int(mine.sum()))
+        kept = (rank < per_class).nonzero().squeeze(1)
+        images = None if self.images is None else self.images[kept]
+        paths = None if self.paths is None else [self.paths[i] for i in kept.tolist()]
+        return Split(self.labels[kept], self.classes, images, paths)
+
     def pillow(self, index):
         if self.paths is not None:
             return open_image(self.paths[index])
@@ -79,14 +90,18 @@ def resolve(args):
     return "imagefolder" if (folder / "train").is_dir() else "cifar10"
 
 
-def load(name, folder, train, device, in_memory=True):
-    """The training or validation Split of a data set, in memory on `device` where it fits and `in_memory` is true."""
+def load(args, train, device):
+    """The training or the validation Split of the data set that the command line names."""
+    in_memory = not train or args.views == "batched"
+    name, folder = args.dataset, args.data
     if name == "digits":
         split = digits(train)
     elif name == "imagefolder":
         split = image_folder(folder, train, in_memory)
     else:
         split = cifar(name, folder, train)
+    if train and args.per_class:
+        split = split.first(args.per_class)
     if in_memory and split.images is not None:
         split.images = split.images.to(device)
     return split

@@ -228,6 +228,12 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         help="auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; digits needs no DIR (default: auto)",
     )
     more.add_argument(
+        "--per-class",
+        type=positive_int,
+        metavar="N",
+        help="only the first N training images of each class",
+    )
+    more.add_argument(
         "--image-size", type=number(int, 8), default=32, metavar="PIXELS", help="side of the views (default: 32)"
     )
     more.add_argument(

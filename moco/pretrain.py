@@ -57,7 +57,8 @@ def learning_rate(epoch, args):
 
 def train(model_class, device, args):
     resumed = prepare(args, device, model_class)
-    split = data.load(args.dataset, args.data, True, device, args.views == "batched")
+    split = data.load(args, True, device)
+    args.images = len(split)
     steps = len(split) // args.batch_size
     if args.compile is None:
         args.compile = device.type == "cuda" and steps * args.epochs >= COMPILE_STEPS
@@ -65,7 +66,7 @@ def train(model_class, device, args):
     batches = data.Batches(
         split, [recipe] * model_class.views, args, device, shuffle_keys=model_class.shuffle_keys and args.groups > 1
     )
-    validation = data.load(args.dataset, args.data, False, device) if args.knn_freq else None
+    validation = data.load(args, False, device) if args.knn_freq else None
 
     torch.manual_seed(args.seed)
     model = model_class.from_options(args, len(split.classes)).to(device, memory_format=torch.channels_last)

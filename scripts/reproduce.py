@@ -1,0 +1,245 @@
+"""Reproduces rows of the README's table: pretraining, linear evaluation, and a file in results/ that says what came out.
+
+    python scripts/reproduce.py in-200 data/                 # one row, as published
+    python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
+    python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 15 --seeds 0 1 2    # scaled down, three seeds
+
+A run that was interrupted goes on where it stopped when the same command is given again. Runs are kept in
+runs/NAME-SEED/, their logs and checkpoints included.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco import checkpoint, distributed, logs, options  # noqa: E402
+from moco.errors import RunError, UsageError  # noqa: E402
+
+MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos"
+LINEAR = "-a resnet50 --lr 1.0 -b 256"
+SUPCON_LINEAR = "-a resnet50 --recipe supcon"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its name, its script and options, and the published percentages."""
+
+    name: str
+    script: str
+    options: str
+    epochs: int
+    linear: str | None
+    top1: float
+    top5: float | None
+
+
+ROWS = {
+    "ce": Row("SupCrossEntropy", "main_ce.py", "-a resnet50", 500, None, 95.0, None),
+    "supcon": Row("SupContrast", "main_supcon.py", "-a resnet50", 1000, SUPCON_LINEAR, 96.0, None),
+    "moco-200": Row("MoCo v2", "main_moco.py", MOCO, 200, LINEAR, 87.4, 99.6),
+    "in-200": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 200, LINEAR, 95.4, 99.9),
+    "moco-1000": Row("MoCo v2", "main_moco.py", MOCO, 1000, LINEAR, 93.6, 99.8),
+    "in-1000": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 1000, LINEAR, 96.1, 99.8),
+    "out-1000": Row("MoCo v2 + SupContrast_Out", "main_moco_out.py", MOCO, 1000, LINEAR, 96.1, 99.9),
+    "suploss-1000": Row("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py", MOCO, 1000, LINEAR, 96.0, 99.9),
+}
+
+
+def main():
+    args = parse()
+    try:
+        for key in args.rows or ROWS:
+            scores = []
+            for seed in args.seeds:
+                if args.print:
+                    for command in commands(key, args, seed, "RUN"):
+                        print(shlex.join(command))
+                else:
+                    scores.append(reproduce(key, args, seed))
+            if len(scores) > 1:
+                spread = statistics.stdev(scores)
+                print(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
+    except (UsageError, RunError) as error:
+        distributed.complain(error)
+
+
+def parse():
+    parser = options.Parser(
+        description=__doc__.partition("\n")[0],
+        epilog=__doc__.partition("\n")[2] + "\nrows: " + ", ".join(ROWS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help="rows to run; the data folder comes last")
+    add("--print", action="store_true", help="show the command lines (of all rows, unless some are named), run nothing")
+    add("--seeds", type=options.count, nargs="+", default=[0], metavar="N", help="one run for each (default: 0)")
+    add("-a", "--arch", help="another architecture than the row's")
+    add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
+    add("--per-class", type=options.positive_int, metavar="N", help="only the first N training images of each class")
+    add("--pretrain", default="", metavar="OPTIONS", help="more options for pretraining, in quotes")
+    add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
+    add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
+    add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
+    args = parser.parse_intermixed_args()
+    args.data = "data/"
+    if (
+        args.rows
+        and args.rows[-1] not in ROWS
+        and (not args.print or len(args.rows) > 1 or Path(args.rows[-1]).is_dir())
+    ):
+        args.data = args.rows.pop()
+    unknown = [row for row in args.rows if row not in ROWS]
+    if unknown or (not args.rows and not args.print):
+        problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
+        parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
+    return args
+
+
+def commands(key, args, seed, folder):
+    """The command lines of a run, pretraining first; each a list of words."""
+    row = ROWS[key]
+    scaled = ["-a", args.arch] if args.arch else []
+    common = ["--seed", str(seed), "--output-dir", str(folder)]
+    pretrain = [*row.options.split(), *scaled, "--epochs", str(args.epochs or row.epochs), *shlex.split(args.pretrain)]
+    if args.per_class:
+        pretrain += ["--per-class", str(args.per_class)]
+    lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
+    if row.linear:
+        linear = last_of_each([*row.linear.split(), *scaled, *shlex.split(args.linear)])
+        if args.per_class:
+            linear += ["--per-class", str(args.per_class)]
+        source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
+        lines.append(["python", "main_lincls.py", *linear, *source, *common, args.data])
+    return lines
+
+
+def last_of_each(words):
+    """Options with their values; of one that is given twice, the last."""
+    options = {}
+    for word in words:
+        if word.startswith("-"):
+            options.pop(word, None)
+            options[name := word] = []
+        else:
+            options[name].append(word)
+    return [word for name, values in options.items() for word in (name, *values)]
+
+
+def reproduce(key, args, seed):
+    """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
+    hardware = describe_hardware()
+    name = args.name or f"{args.arch or 'resnet50'}-{args.epochs or ROWS[key].epochs}ep" + (
+        f"-{args.per_class}pc" if args.per_class else ""
+    )
+    folder = args.runs / f"{key}-{name}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "begun.json"
+    if not begun.is_file():
+        write_json(begun, {"commit": commit(), "hardware": hardware, "versions": versions()})
+    facts = read_json(begun)
+    for command in commands(key, args, seed, folder):
+        print(f"$ {shlex.join(command)}", flush=True)
+        status = subprocess.call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
+        if status:
+            raise RunError(f"{command[1]} ended with status {status}; the same command goes on from there")
+
+    saved = checkpoint.load(folder / checkpoint.LAST)["options"]
+    curve = [numbers(row) for row in logs.read(folder / "log.csv")]
+    linear = [numbers(row) for row in logs.read(folder / "linear.csv")]
+    scores = linear or [row for row in curve if row.get("top1") is not None]
+    best = max(scores, key=lambda row: row["top1"])
+    result = {
+        "row": ROWS[key].name,
+        "commands": [shlex.join(command) for command in commands(key, args, seed, folder)],
+        **facts,
+        "seed": seed,
+        "arch": saved["arch"],
+        "dataset": "cifar10" if saved["images"] == 50000 and saved["dataset"] == "imagefolder" else saved["dataset"],
+        "images": saved["images"],
+        "epochs": saved["epochs"],
+        "batch_size": saved["batch_size"],
+        "linear_epochs": len(linear),
+        "pretrain_seconds": round(sum(row["seconds"] for row in curve), 1),
+        "linear_seconds": round(sum(row["seconds"] for row in linear), 1),
+        "images_per_second": round(statistics.median(row["images_per_second"] for row in curve), 1),
+        "top1": scores[-1]["top1"],
+        "top5": scores[-1]["top5"],
+        "best_top1": best["top1"],
+        "best_top5": best["top5"],
+        "knn": next((row["knn"] for row in reversed(curve) if row.get("knn") is not None), None),
+        "curve": curve,
+        "measured": time.strftime("%Y-%m-%d"),
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"{key}-{hardware['name']}-{name}-seed{seed}.json"
+    write_json(path, result)
+    print(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
+    return result["top1"]
+
+
+def numbers(row):
+    """A row of a log with numbers for text, None for what was not measured."""
+    return {
+        name: None if value == "" else (int(value) if name == "epoch" else float(value)) for name, value in row.items()
+    }
+
+
+def describe_hardware():
+    if torch.cuda.is_available():
+        title, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
+        return {"name": title.split()[-1].lower(), "device": f"{count} x {title}", "cores": os.cpu_count()}
+    cores = os.cpu_count()
+    return {"name": f"cpu{cores}", "device": cpu_model(), "cores": cores}
+
+
+def cpu_model():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def commit():
+    """The commit that runs, marked if the code differs from it."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return (git("rev-parse", "HEAD") or "unknown") + ("-changed" if git("status", "--porcelain", "*.py") else "")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"'{path}' cannot be read: {error}") from None
+
+
+def write_json(path, content):
+    beside = Path(f"{path}.tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
+ATTEMPTS = 10  # of RandomResizedCrop, to find a crop that fits into the image
 GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
 
 
@@ -45,8 +46,12 @@ class Recipe:
             not applied has its identity: factor 1, shift, flip, gray and radius 0.
         """
 
-        def uniform(*shape, low=0.0, high=1.0):
-            return low + (high - low) * torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+        # One row of uniform numbers an image, so that a view does not depend on how many are drawn. float64: a crop is
+        # rounded to whole pixels as torchvision rounds it.
+        draws = iter(torch.rand(count, 2 * ATTEMPTS + 11, generator=generator, dtype=torch.float64).T)
+
+        def uniform(low=0.0, high=1.0):
+            return low + (high - low) * next(draws)
 
         parameters = torch.zeros(count, 11, dtype=torch.float64)
         parameters[:, :4] = self.crops(uniform, height, width)
@@ -55,18 +60,19 @@ class Recipe:
         if self.jitter:
             applied = uniform() < self.jitter_p
             for column, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), self.jitter[:3], strict=True):
-                factor = uniform(low=max(0, 1 - strength), high=1 + strength)
+                factor = uniform(max(0, 1 - strength), 1 + strength)
                 parameters[:, column] = torch.where(applied, factor, 1)
-            parameters[:, HUE] = torch.where(applied, uniform(low=-self.jitter[3], high=self.jitter[3]), 0)
+            parameters[:, HUE] = torch.where(applied, uniform(-self.jitter[3], self.jitter[3]), 0)
         parameters[:, GRAY] = uniform() < self.gray_p
-        radius = uniform(low=self.blur[0], high=self.blur[1])
-        parameters[:, RADIUS] = torch.where(uniform() < self.blur_p, radius, 0)
+        blurred = uniform() < self.blur_p
+        parameters[:, RADIUS] = torch.where(blurred, uniform(*self.blur), 0)
         return parameters.float()
 
-    def crops(self, uniform, height, width, attempts=10):
+    def crops(self, uniform, height, width):
         """(count, 4): RandomResizedCrop's first of ten attempts that fits into the image, else its central crop."""
-        area = height * width * uniform(attempts, low=self.scale[0], high=self.scale[1])
-        ratio = uniform(attempts, low=math.log(self.ratio[0]), high=math.log(self.ratio[1])).exp()
+        log_ratio = [math.log(r) for r in self.ratio]
+        area = height * width * torch.stack([uniform(*self.scale) for _ in range(ATTEMPTS)], 1)
+        ratio = torch.stack([uniform(*log_ratio) for _ in range(ATTEMPTS)], 1).exp()
         w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         first = fits.int().argmax(1, keepdim=True)
@@ -187,19 +193,24 @@ def linear(x, by_rows, by_columns):
     return x.view(n, by_rows.shape[1], channels, by_columns.shape[1])
 
 
-def triangles(start, length, size, out):
+def triangles(start, length, size, out, flip=None):
     """(N, out, size): the weights with which Pillow's bilinear filter resizes `length` pixels from `start` on to `out`.
 
     Of an output pixel, a triangle around its place in the input, as wide as one input pixel or one output pixel,
-    whichever is larger, cut off at the ends of the crop and made to sum to 1.
+    whichever is larger, cut off at the ends of the crop and made to sum to 1. Where `flip`, the places are mirrored.
     """
     pixel = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
     place = torch.arange(out, device=start.device, dtype=start.dtype) + 0.5
-    start, scale = start[:, None, None], (length / out)[:, None, None]
-    distance = (pixel - start - place[:, None] * scale).abs_()
-    weight = distance.div_(-scale.clamp(min=1)).add_(1).clamp_(min=0)
-    inside = (pixel > start) & (pixel < start + length[:, None, None])
-    weight = weight * inside
+    start, length = start[:, None], length[:, None]
+    if flip is not None:
+        place = torch.where(flip[:, None] > 0, out - place, place)
+    scale = length / out
+    unit = scale.clamp(min=1)
+    # Pixels outside the crop are infinitely far away. Both operands are small: the mask costs nothing here.
+    inside = (pixel > start) & (pixel < start + length)
+    pixel = torch.where(inside, (pixel - start) / unit, torch.inf)
+    distance = (pixel[:, None, :] - (place * scale / unit)[:, :, None]).abs_()
+    weight = distance.neg_().add_(1).clamp_(min=0)
     return weight.div_(weight.sum(2, keepdim=True))
 
 
@@ -207,9 +218,8 @@ def crop(images, parameters, size):
     """RandomResizedCrop and horizontal flip: (N, 3, H, W) uint8 -> (N, S, 3, S) float32."""
     height, width = images.shape[2:]
     by_rows = triangles(parameters[:, TOP], parameters[:, HEIGHT], height, size)
-    by_columns = triangles(parameters[:, LEFT], parameters[:, WIDTH], width, size)
-    flip = parameters[:, FLIP, None, None] > 0
-    return linear(rows_first(images), by_rows, torch.where(flip, by_columns.flip(1), by_columns))
+    by_columns = triangles(parameters[:, LEFT], parameters[:, WIDTH], width, size, flip=parameters[:, FLIP])
+    return linear(rows_first(images), by_rows, by_columns)
 
 
 def luminance(x):
@@ -223,7 +233,8 @@ def brightness(x, factor):
 
 
 def contrast(x, factor):
-    mean = luminance(x).mean((1, 2, 3), keepdim=True).round_()
+    # Pillow's mean: of the gray image in whole numbers, and a whole number itself.
+    mean = luminance(x).round_().mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
     return torch.lerp(mean, x, factor).clamp_(0, 255)
 
 
@@ -234,13 +245,14 @@ def saturation(x, factor):
 def hue(x, shift):
     """Turns the hue by `shift`, with HSV's value and saturation kept, in torchvision's float arithmetic."""
     red, green, blue = x.split(1, dim=2)
-    value, lowest = x.amax(2, keepdim=True), x.amin(2, keepdim=True)
+    value = torch.maximum(red, green).maximum(blue)
+    lowest = torch.minimum(red, green).minimum(blue)
     chroma = value - lowest
-    blue_highest = (red - green).add_(chroma, alpha=4)
-    green_highest = (blue - red).add_(chroma, alpha=2)
-    sextant = torch.where(green == value, green_highest, blue_highest)
-    sextant = torch.where(red == value, green - blue, sextant)
-    sextant.div_(chroma.clamp(min=1e-6)).add_(6 * shift).remainder_(6)
+    # The hue, from 0 (red) to 3 (cyan) by way of green, and to -3 by way of blue: chroma times its size is one formula
+    # in all sextants. The usual three cases, and a remainder, would take most of the time on a CPU.
+    size = (green + blue).sub_(red).add_(value).sub_(lowest, alpha=2)
+    sextant = size.div_(chroma.clamp(min=1e-6)).copysign_(green - blue).add_(6 * shift)
+    sextant.sub_((sextant / 6).floor_(), alpha=6)
     # Each channel is a trapezium over the hue circle, between the lowest and the highest value.
     out = [(sextant - 3).abs_().sub_(1), (sextant - 2).abs_().neg_().add_(2), (sextant - 4).abs_().neg_().add_(2)]
     return torch.cat(out, dim=2).clamp_(0, 1).mul_(chroma).add_(lowest)
@@ -269,15 +281,14 @@ def boxes(radius, size):
     whole = ((length - 1) / 2).floor()
     odd = 2 * whole + 1
     fraction = odd * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1).square()))
-    whole, fraction, odd = whole[:, None, None], fraction[:, None, None], odd[:, None, None]
+    reach, whole, fraction = (whole + fraction)[:, None, None], whole[:, None], fraction[:, None]
     pixel = torch.arange(size, device=radius.device, dtype=radius.dtype)
-    distance = pixel - pixel[:, None]
-    # The box's weights, summed up to a distance from its centre. A pixel's own weight is a difference of two sums, and
-    # the pixels at the ends take all that lies beyond them: the edge is repeated.
-    upto = (distance + whole + 1).clamp_(min=0).minimum(odd)
-    upto = upto + fraction * ((distance >= -whole - 1).float() + (distance > whole))
-    upto[:, :, -1:] = odd + 2 * fraction
-    return upto.diff(dim=2, prepend=torch.zeros_like(upto[:, :, :1])) / (odd + 2 * fraction)
+    box = (reach + 1 - (pixel - pixel[:, None]).abs_()).clamp_(0, 1)
+    # The edge is repeated: the first pixel, and mirrored the last one, stand for all that lies at their distance or
+    # further.
+    beyond = (whole + 1 - pixel).clamp_(min=0) + fraction * (pixel <= whole + 1)
+    box[:, :, 0], box[:, :, -1] = beyond, beyond.flip(1)
+    return box.div_(2 * reach + 1)
 
 
 def finish(x, mean, std):

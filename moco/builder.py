@@ -1,4 +1,5 @@
 """MoCo and its label-aware variants: two encoders, a momentum update and a queue; `forward` returns the loss.
+Below them the two other rows of the table, which have one encoder: SupContrast and CrossEntropy.
 
 Shapes: N queries on this process, B = N * processes in the global batch, C = dim, K keys in the queue.
 """
@@ -26,8 +27,9 @@ class MoCo(nn.Module):
     """
 
     labelled = False  # does forward take labels?
+    classifies = False  # is the encoder itself a classifier?
     views = 2
-    shuffle_keys = True
+    shuffle_keys = True  # see data.Batches
 
     def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, *, bn_splits=1):
         super().__init__()
@@ -99,21 +101,7 @@ class MoCo(nn.Module):
 
     def encode(self, encoder, images):
         """(N, 3, H, W) -> (N, C) float32, L2-normalised."""
-        if self.bn_splits == 1 or not self.training:
-            return F.normalize(encoder(images).float(), dim=1)
-        # Every chunk starts from the same running statistics and their results are averaged: one update by the mean
-        # of the chunks' statistics, which is what as many processes arrive at when they average theirs.
-        # (`.data`, since autograd would take a change of theirs for one of what the backward pass needs.)
-        running = [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
-        before = [buffer.clone() for buffer in running]
-        after = [torch.zeros_like(buffer) for buffer in running]
-        features = []
-        for chunk in images.chunk(self.bn_splits):
-            torch._foreach_copy_(running, before)
-            features.append(encoder(chunk).float())
-            torch._foreach_add_(after, running, alpha=1 / self.bn_splits)
-        torch._foreach_copy_(running, after)
-        return F.normalize(torch.cat(features), dim=1)
+        return F.normalize(encoders.apply(encoder, images, self.bn_splits), dim=1)
 
     @torch.no_grad()
     def momentum_update(self):
@@ -215,6 +203,98 @@ class MoCoSupLoss(LabelAwareMoCo):
         contrast[:, :n].fill_diagonal_(False)  # a query is not contrasted with itself
         health = contrast_health(logits, positives, self.T, contrast) if self.watch else None
         return out_loss(logits, positives, contrast), health
+
+
+class SupContrast(nn.Module):
+    """Supervised contrastive learning within a batch (arXiv:2004.11362, eq. 2): no queue, no momentum encoder.
+
+    Args:
+        base_encoder, dim, T, bn_splits: see MoCo; the head has two layers.
+    """
+
+    labelled = True
+    classifies = False
+    views = 2
+    shuffle_keys = False
+
+    def __init__(self, base_encoder, dim=128, T=0.1, *, bn_splits=1):
+        super().__init__()
+        self.T, self.bn_splits = T, bn_splits
+        self.watch, self.health = False, None
+        self.encoder_q = base_encoder(num_classes=dim)
+        add_mlp_head(self.encoder_q)
+
+    @staticmethod
+    def add_options(parser):
+        options.supcon_options(parser)
+
+    @classmethod
+    def from_options(cls, args, classes):
+        return cls(encoders.build(args.arch, args.stem), args.dim, args.temp, bn_splits=args.bn_splits)
+
+    @staticmethod
+    def recipe(args):
+        return augment.SUPCON
+
+    def forward(self, im_1, im_2, labels):
+        """
+        Args:
+            im_1, im_2: (N, 3, H, W) float, two views of this process's images. labels: (N,) int64.
+        Returns:
+            float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
+        """
+        # Batch norm sees both views of a chunk together.
+        chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
+        z = encoders.apply(self.encoder_q, torch.cat([view for pair in chunks for view in pair]), self.bn_splits)
+        z = F.normalize(z, dim=1)
+        with torch.autocast(z.device.type, enabled=False):
+            views_labels = torch.cat([pair for c in labels.chunk(self.bn_splits) for pair in (c, c)])
+            # Every process computes the loss of all anchors; the features of its own images carry gradient there.
+            z_all, labels_all = distributed.all_gather(z.detach()), distributed.all_gather(views_labels)
+            own = slice(distributed.rank() * len(z), (distributed.rank() + 1) * len(z))
+            if len(z_all) > len(z):
+                z_all = torch.cat([z_all[: own.start], z, z_all[own.stop :]])
+            else:
+                z_all = z
+            logits = z_all @ z_all.T / self.T
+            positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
+            contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
+            if self.watch:
+                self.health = contrast_health(logits, positives, self.T, contrast)
+            loss = out_loss(logits, positives, contrast) * (self.T / 0.07)
+            # Gradients are averaged over processes, but the parts that they have here must be added up.
+            return loss.detach() + distributed.world_size() * (loss - loss.detach())
+
+
+class CrossEntropy(nn.Module):
+    """The encoder with a linear layer, trained by cross entropy. `classifies`: it is evaluated as it is."""
+
+    labelled = True
+    classifies = True
+    views = 1
+    shuffle_keys = False
+
+    def __init__(self, base_encoder, classes, *, bn_splits=1):
+        super().__init__()
+        self.bn_splits = bn_splits
+        self.watch, self.health = False, None
+        self.encoder_q = base_encoder(num_classes=classes)
+
+    @staticmethod
+    def add_options(parser):
+        pass
+
+    @classmethod
+    def from_options(cls, args, classes):
+        return cls(encoders.build(args.arch, args.stem), classes, bn_splits=args.bn_splits)
+
+    @staticmethod
+    def recipe(args):
+        return augment.CROSS_ENTROPY
+
+    def forward(self, images, labels):
+        """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""
+        return F.cross_entropy(encoders.apply(self.encoder_q, images, self.bn_splits), labels)
 
 
 def unshuffle(k_all, order):

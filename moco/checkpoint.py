@@ -32,6 +32,8 @@ FIXED = [
     "moco_k",
     "moco_m",
     "moco_t",
+    "dim",
+    "temp",
     "groups",
     "views",
     "per_class",

@@ -1,5 +1,6 @@
 """Base encoders: torchvision's ResNet family with the CIFAR or the ImageNet stem, and resnet20 for small machines."""
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import models
@@ -87,6 +88,25 @@ class resnet20(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.avgpool(x).flatten(1))
+
+
+def apply(encoder, images, bn_splits=1):
+    """(N, 3, H, W) -> (N, C) float32. In training, batch norm sees each of `bn_splits` chunks of the batch alone."""
+    if bn_splits == 1 or not encoder.training:
+        return encoder(images).float()
+    # Every chunk starts from the same running statistics and their results are averaged: one update by the mean of
+    # the chunks' statistics, which is what as many processes arrive at when they average theirs.
+    # (`.data`, since autograd would take a change of theirs for one of what the backward pass needs.)
+    running = [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in running]
+    after = [torch.zeros_like(buffer) for buffer in running]
+    features = []
+    for chunk in images.chunk(bn_splits):
+        torch._foreach_copy_(running, before)
+        features.append(encoder(chunk).float())
+        torch._foreach_add_(after, running, alpha=1 / bn_splits)
+    torch._foreach_copy_(running, after)
+    return torch.cat(features)
 
 
 def add_mlp_head(network):

@@ -17,13 +17,26 @@ def topk_hits(scores, labels, ks=(1, 5)):
     return torch.stack([hits[:, :k].any(1).sum() for k in ks])
 
 
-def frozen(encoder):
-    """A copy of an encoder for fast inference: no `fc`, eval mode, batch norm folded into the convolutions.
+@torch.no_grad()
+def accuracy(encoder, split, args, device):
+    """Top-1 and top-5 in percent of an encoder whose `fc` is the classifier, on the images as they are."""
+    network = frozen(encoder, keep_fc=True)
+    hits = torch.zeros(2, dtype=torch.long, device=device)
+    for images, labels in data.Centres(split, args, device, crop=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            scores = network(images)
+        hits += topk_hits(scores.float(), labels)
+    return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
 
-    (N, 3, H, W) -> (N, width).
+
+def frozen(encoder, keep_fc=False):
+    """A copy of an encoder for fast inference: eval mode, batch norm folded into the convolutions, no `fc`.
+
+    (N, 3, H, W) -> (N, width), or with `keep_fc` what `fc` makes of it.
     """
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-    encoder.fc = nn.Identity()
+    if not keep_fc:
+        encoder.fc = nn.Identity()
     for module in encoder.modules():
         if isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Conv2d, nn.BatchNorm2d]:
             module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()

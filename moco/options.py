@@ -83,7 +83,7 @@ def pretrain_parser(description):
         metavar="N",
         help="epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)",
     )
-    parser.set_defaults(lr_start=0.0, lr_final=0.0)
+    parser.set_defaults(lr_start=0.0, lr_end=0.0)
     return parser
 
 
@@ -108,6 +108,15 @@ def moco_options(parser):
         "--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
     )
     moco.add_argument("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
+
+
+def supcon_options(parser):
+    """Options of main_supcon.py."""
+    supcon = parser.add_argument_group("SupContrast")
+    supcon.add_argument(
+        "--dim", type=positive_int, default=128, metavar="C", help="width of the features (default: 128)"
+    )
+    supcon.add_argument("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
 
 
 def linear_parser(description):

@@ -26,6 +26,8 @@ COLUMNS = [
     "negative_similarity",
     "positives",
     "knn",
+    "top1",
+    "top5",
 ]
 
 
@@ -44,14 +46,14 @@ def main(model_class, description, **recipe):
 def learning_rate(epoch, args):
     """At a moment of the run, in epochs (a step after the start of epoch 3 is 3 + 1 / steps).
 
-    Linear from `lr_start` to `lr` over the warm-up; then half a cosine from `lr` to `lr_final` over the rest, or lr
-    divided by 10 at each epoch of the schedule.
+    Linear from `lr_start` to `lr` over the warm-up; then half a cosine from `lr` to `lr_end` times `lr` over the rest,
+    or lr divided by 10 at each epoch of the schedule.
     """
     if epoch < args.warm_up:
         return args.lr_start + (args.lr - args.lr_start) * epoch / args.warm_up
     if args.cos:
         done = (epoch - args.warm_up) / (args.epochs - args.warm_up)
-        return args.lr_final + (args.lr - args.lr_final) * (1 + math.cos(math.pi * done)) / 2
+        return args.lr * (args.lr_end + (1 - args.lr_end) * (1 + math.cos(math.pi * done)) / 2)
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
@@ -66,7 +68,7 @@ def train(model_class, device, args):
     batches = data.Batches(
         split, [recipe] * model_class.views, args, device, shuffle_keys=model_class.shuffle_keys and args.groups > 1
     )
-    validation = data.load(args, False, device) if args.knn_freq else None
+    validation = data.load(args, False, device) if args.knn_freq or model_class.classifies else None
 
     torch.manual_seed(args.seed)
     model = model_class.from_options(args, len(split.classes)).to(device, memory_format=torch.channels_last)
@@ -107,7 +109,8 @@ def train(model_class, device, args):
                     group["lr"] = lr
                 model.watch = step % WATCH_EVERY == 0
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                    loss = network(*views, labels, order=order) if model.labelled else network(*views, order=order)
+                    inputs = (*views, labels) if model.labelled else views
+                    loss = network(*inputs) if order is None else network(*inputs, order=order)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -131,6 +134,8 @@ def train(model_class, device, args):
             row = summary(losses, health, lr, progress)
             if args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
                 row["knn"] = evaluate.knn(model.encoder_q, split, validation, args, device)
+            if model.classifies:
+                row["top1"], row["top5"] = evaluate.accuracy(model.encoder_q, validation, args, device)
             log.add(epoch, **row)
             describe(epoch, row, args)
             losses.zero_()
@@ -265,6 +270,8 @@ def describe(epoch, row, args):
             text += f" (log K = {math.log(args.moco_k):.2f})"
     if row.get("knn") is not None:
         text += f", kNN {row['knn']:.2f}%"
+    if "top1" in row:
+        text += f", top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}"
     say(f"{text}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s")
 
 

@@ -1,5 +1,8 @@
 """The batched views against torchvision's operations on PIL images, and their parameters against its distributions."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +216,17 @@ def test_draws_repeat_and_differ():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
+def test_a_row_does_not_depend_on_how_many_are_drawn():
+    many = AUG_PLUS.draw(100, 32, 32, torch.Generator().manual_seed(0))
+    for count in (1, 5, 16, 64):
+        assert torch.equal(AUG_PLUS.draw(count, 32, 32, torch.Generator().manual_seed(0)), many[:count])
+
+
+def test_black_and_gray_have_no_hue():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)  # 0 is black
+    assert torch.equal(augment.hue(packed(x), torch.full((1, 1, 1, 1), 0.1)), packed(x))
+
+
 def test_a_view_does_not_depend_on_its_batch():
     x, parameters = images(16), AUG_PLUS.draw(16, 32, 32, torch.Generator().manual_seed(0))
     views = augment.Views(AUG_PLUS, MEAN, STD, "cpu")
@@ -221,6 +235,7 @@ def test_a_view_does_not_depend_on_its_batch():
     assert torch.allclose(views(x[5:6], parameters[5:6], (0, 1, 2, 3)), whole[5:6], atol=1e-5)
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_views_are_the_same():
     x, parameters = images(16), AUG_PLUS.draw(16, 32, 32, torch.Generator().manual_seed(0))
     eager = augment.Views(AUG_PLUS, MEAN, STD, "cpu")(x, parameters, (3, 1, 0, 2))

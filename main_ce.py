@@ -1,0 +1,16 @@
+"""SupCrossEntropy: the encoder with a linear layer, trained by cross entropy and evaluated as it is.
+
+    L_i = -log( exp f(x_i)_{y_i} / sum_c exp f(x_i)_c )
+
+Its table row:
+
+    python main_ce.py -a resnet50 data/
+"""
+
+from moco import pretrain
+from moco.builder import CrossEntropy
+
+if __name__ == "__main__":
+    pretrain.main(
+        CrossEntropy, __doc__, epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=10, lr_start=0.01, lr_end=0.001
+    )

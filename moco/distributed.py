@@ -39,13 +39,11 @@ def all_gather(x):
 
 def all_mean(x):
     """The mean of a float tensor over the processes, on each of them."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-        x = x / world_size()
-    return x
+    return all_sum(x.clone()) / world_size() if world_size() > 1 else x
 
 
 def all_sum(x):
+    """The sum of a tensor over the processes, on each of them, written into x."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x

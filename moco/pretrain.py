@@ -239,12 +239,11 @@ def average_statistics(model):
 
 
 def summary(losses, health, lr, progress):
-    accuracy, positive, negative, positives = (distributed.all_mean(health)[:4] / health[4]).tolist()
-    watched = health[4] > 0
-    row = dict(loss=losses.mean().item(), lr=lr, images_per_second=progress.images_per_second)
-    row["seconds"] = progress.seconds
-    if watched:
-        row |= dict(accuracy=accuracy, positive_similarity=positive, negative_similarity=negative, positives=positives)
+    row = dict(loss=losses.mean().item(), lr=lr, images_per_second=progress.images_per_second, seconds=progress.seconds)
+    *sums, number = distributed.all_mean(health).tolist()
+    if number:
+        names = ("accuracy", "positive_similarity", "negative_similarity", "positives")
+        row |= {name: value / number for name, value in zip(names, sums, strict=True)}
     return row
 
 

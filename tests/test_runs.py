@@ -1,0 +1,261 @@
+"""The scripts as a user runs them: on scikit-learn's digits, small and short."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_MOCO
+
+from moco import checkpoint, logs, options, pretrain
+
+SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
+LINEAR = f"{TINY} --lr 1 --epochs 2"
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def printed_losses(out):
+    """Of every step, at -p 1."""
+    return [float(line.split("Loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("Epoch: [")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_pretrain_then_linear_evaluation(script, run, tmp_path):
+    done = run(script, TINY_MOCO, "--epochs 3 --save-freq 2 --output-dir", tmp_path)
+    assert done.status == 0, done.err
+    log = rows(tmp_path / "log.csv")
+    assert [row["epoch"] for row in log] == ["0", "1", "2"]
+    assert {"loss", "lr", "images_per_second", "seconds"} <= set(log[0])
+    losses = printed_losses(done.out)
+    assert len(losses) == 15 and all(math.isfinite(loss) for loss in losses)
+    assert float(log[1]["loss"]) == pytest.approx(sum(losses[5:10]) / 5, abs=1e-3)
+    assert "contrastive accuracy" in done.out and "log K = 4.38" in done.out
+    assert list((tmp_path / "tensorboard").iterdir())
+
+    kept = sorted(p.name for p in tmp_path.glob("*.pth.tar"))
+    assert kept == ["checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar", "checkpoint_last.pth.tar"]
+    saved = torch.load(tmp_path / "checkpoint_0002.pth.tar", weights_only=True)
+    assert saved["epoch"] == 3 and saved["arch"] == "resnet20" and saved["optimizer"]["param_groups"]
+    assert all(name.startswith("module.") for name in saved["state_dict"])
+    assert saved["state_dict"]["module.queue"].shape == (16, 80)
+    assert saved["state_dict"]["module.queue_ptr"].item() == 3 * 5 * 32 % 80
+
+    linear = tmp_path / "linear"
+    done = run("main_lincls.py", LINEAR, "--pretrained", tmp_path / "checkpoint_0002.pth.tar", "--output-dir", linear)
+    assert done.status == 0, done.err
+    result = done.out.strip().splitlines()[-1]
+    assert result.startswith("result: top1=") and "top5=" in result and "epoch=" in result
+    best = torch.load(linear / "model_best.pth.tar", weights_only=True)
+    for name, value in best["state_dict"].items():
+        if ".fc." not in name:
+            assert torch.equal(value, saved["state_dict"][name.replace("module.", "module.encoder_q.")])
+    assert best["state_dict"]["module.fc.weight"].shape == (10, 64)
+    again = run("main_lincls.py", "-e --dataset digits --resume", linear / "model_best.pth.tar")
+    assert again.out.strip() == result
+
+
+def test_linear_evaluation_reads_mocos_own_checkpoints(run, tmp_path):
+    """Nothing but epoch, arch, state_dict and optimizer; and the classifier learns something."""
+    run("main_moco_out.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    saved = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)
+    theirs = {name: saved[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
+    torch.save(theirs, tmp_path / "moco.pth.tar")
+    words = "-a resnet20 --dataset digits --image-size 8 -b 128 --lr 0.3 --epochs 8 --schedule 5 7 --seed 0"
+    done = run("main_lincls.py", words, "--pretrained", tmp_path / "moco.pth.tar", "--output-dir", tmp_path)
+    assert done.status == 0, done.err
+    assert float(done.out.split("result: top1=")[1].split()[0]) > 30  # chance is 10
+
+
+def test_linear_evaluation_resumes(run, tmp_path):
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    words = [TINY, "--lr 1 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
+    run("main_lincls.py", *words, tmp_path / "whole", "--epochs 3")
+    run("main_lincls.py", *words, tmp_path / "parts", "--epochs 1")
+    done = run("main_lincls.py", *words, tmp_path / "parts", "--epochs 3 --resume auto")
+    assert done.status == 0, done.err
+    whole, parts = (checkpoint.load(tmp_path / part / "linear_last.pth.tar") for part in ("whole", "parts"))
+    assert whole["best"] == parts["best"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name])
+    assert [row["epoch"] for row in rows(tmp_path / "parts" / "linear.csv")] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("script", ["main_supcon.py", "main_ce.py"])
+def test_the_rows_without_a_queue(script, run, tmp_path):
+    done = run(script, TINY, "--epochs 2 --warm-up 1 --knn-freq 1 --output-dir", tmp_path)
+    assert done.status == 0, done.err
+    log = rows(tmp_path / "log.csv")
+    assert 0 < float(log[1]["knn"]) <= 100
+    if script == "main_ce.py":
+        assert 0 < float(log[1]["top1"]) <= float(log[1]["top5"]) <= 100
+        return
+    words = [TINY, "--recipe supcon --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    done = run("main_lincls.py", *words, "--output-dir", tmp_path)
+    assert done.status == 0 and "result: top1=" in done.out
+
+
+def test_two_processes_are_one_with_two_splits(tmp_path):
+    """Step by step, for every objective, with Shuffling BN; and the running statistics agree as well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [str(ROOT / "tests" / "every_objective.py")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    runs = []
+    for command, splits in (([*launcher, *program], 1), ([sys.executable, *program], 2)):
+        words = [*command, str(tmp_path / f"splits{splits}"), str(splits)]
+        runs.append(
+            subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    for process in runs:
+        out = process.communicate(timeout=280)[0]
+        assert process.returncode == 0, out
+    for name in ("MoCo", "MoCoIn", "MoCoOut", "MoCoSupLoss", "SupContrast", "CrossEntropy"):
+        two, one = (checkpoint.load(tmp_path / f"splits{s}" / name / "checkpoint_last.pth.tar") for s in (1, 2))
+        losses = [rows(tmp_path / f"splits{s}" / name / "steps.csv") for s in (1, 2)]
+        assert len(losses[0]) == len(losses[1]) == 10
+        for ours, theirs in zip(*losses, strict=True):
+            assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=2e-4), (name, ours)
+        for key, value in two["state_dict"].items():
+            if value.is_floating_point():
+                assert torch.allclose(value, one["state_dict"][key], rtol=1e-2, atol=1e-3), (name, key)
+            elif "num_batches" not in key:
+                assert torch.equal(value, one["state_dict"][key]), (name, key)
+
+
+def test_no_image_crosses_processes(tmp_path):
+    """What one step's collectives carry, in elements: one gather of keys with labels, and DDP's gradients."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests" / "count_traffic.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    gathered = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gathered")]
+    assert gathered == [16 * (16 + 2)] * 5  # five steps: 16 rows of a process, 16 floats and an int64 label
+
+
+def parameters(script, *words):
+    parser = options.pretrain_parser("")
+    parser.set_defaults(warm_up=5, schedule=[600, 800])
+    return parser.parse_args(list(words))
+
+
+def test_schedule_at_each_boundary():
+    args = parameters("", "--lr", "0.4", "--epochs", "1000", "--cos", "data")
+    rate = pretrain.learning_rate
+    assert rate(0, args) == 0
+    assert rate(2.5, args) == pytest.approx(0.2)
+    assert rate(5 - 1e-9, args) == pytest.approx(0.4) == rate(5, args)
+    assert rate(502.5, args) == pytest.approx(0.2)
+    assert rate(1000 - 1e-6, args) == pytest.approx(0, abs=1e-9)
+    assert rate(300, args) == pytest.approx(0.2 * (1 + math.cos(math.pi * 295 / 995)))
+    args.cos = False
+    for epoch, wanted in ((2.5, 0.2), (5, 0.4), (599.99, 0.4), (600, 0.04), (799.99, 0.04), (800, 0.004), (999, 0.004)):
+        assert rate(epoch, args) == pytest.approx(wanted)
+    args.warm_up = 0
+    assert rate(0, args) == 0.4
+    args.cos, args.lr_start, args.lr_end, args.warm_up = True, 0.01, 0.001, 10
+    assert rate(0, args) == 0.01 and rate(5, args) == pytest.approx(0.205)
+    assert rate(1000 - 1e-6, args) == pytest.approx(0.0004)
+
+
+def end(folder):
+    """Weights, queue, optimizer state, and the log without its times."""
+    saved = checkpoint.load(folder / "checkpoint_last.pth.tar")
+    state = {f"momentum of {i}": s["momentum_buffer"] for i, s in saved["optimizer"]["state"].items()}
+    log = [[row["epoch"], row["loss"], row["lr"], row["accuracy"]] for row in rows(folder / "log.csv")]
+    return saved["state_dict"] | state, log
+
+
+def same(first, second):
+    assert first[1] == second[1]
+    assert set(first[0]) == set(second[0])
+    for name, value in first[0].items():
+        assert torch.equal(value, second[0][name]), name
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(number, status, run, tmp_path, monkeypatch):
+    words = [TINY_MOCO, "--epochs 3 --output-dir"]
+    run("main_moco_out.py", *words, tmp_path / "whole")
+    show, seen = logs.Progress.show, []
+
+    def interrupt(self, done, **values):
+        show(self, done, **values)
+        seen.append(done)
+        if len(seen) == 8:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    stopped = run("main_moco_out.py", *words, tmp_path / "parts")
+    assert stopped.status == status and "--resume auto" in stopped.out
+    assert checkpoint.load(tmp_path / "parts" / "checkpoint_last.pth.tar")["step"] == 4
+    done = run("main_moco_out.py", *words, tmp_path / "parts", "--resume auto")
+    assert done.status == 0, done.err
+    same(end(tmp_path / "whole"), end(tmp_path / "parts"))
+
+
+def test_resuming_on_another_number_of_processes(run, tmp_path):
+    """One process with --bn-splits 4 is two processes with --bn-splits 2: here, four chunks against four."""
+    run("main_moco_out.py", TINY_MOCO, "--epochs 1 --bn-splits 4 --output-dir", tmp_path)
+    words = [TINY_MOCO, "--output-dir", tmp_path, "--epochs 2 --resume auto"]
+    refused = run("main_moco_out.py", *words, "--bn-splits 2")
+    assert refused.status == 2 and "--bn-splits" in refused.err
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*launcher, "--rdzv-endpoint=localhost:0", str(ROOT / "main_moco_out.py"), *TINY_MOCO.split()]
+    command += ["--output-dir", str(tmp_path / "two"), "--epochs", "2", "--bn-splits", "2"]
+    command += ["--resume", str(tmp_path / "checkpoint_last.pth.tar")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    once = run("main_moco_out.py", *words, "--bn-splits 4")
+    assert once.status == 0, once.err
+    losses = [float(rows(folder / "log.csv")[-1]["loss"]) for folder in (tmp_path, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_views_by_pillow_do_not_depend_on_the_workers(run, folder, tmp_path):
+    data = folder(train=20, val=2, size=(20, 14))
+    words = [
+        "-a resnet20 --image-size 8 -b 8 --seed 0 -p 1 --epochs 2 --warm-up 0 --moco-k 32 --aug-plus --bn-splits 2"
+    ]
+    losses = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        done = run("main_moco_in.py", *words, f"--views pil -j {workers} --output-dir", out, data)
+        assert done.status == 0, done.err
+        losses.append(printed_losses(done.out))
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+
+
+def test_precision_and_compile_are_taken(run, tmp_path):
+    done = run("main_moco_out.py", TINY_MOCO, "--epochs 1 --precision bf16 --output-dir", tmp_path)
+    assert done.status == 0 and "bf16" in done.out
+    assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["state_dict"]["module.queue"].dtype == torch.float32
+
+
+def test_the_seed_is_drawn_shown_and_kept(run, tmp_path):
+    words = TINY_MOCO.replace("--seed 0", "")
+    done = run("main_moco_out.py", words, "--epochs 1 --output-dir", tmp_path)
+    seed = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["options"]["seed"]
+    assert f"--seed {seed}" in done.out
+    run("main_moco_out.py", words, "--epochs 2 --resume auto --output-dir", tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["options"]["seed"] == seed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: none here")
+def test_on_a_gpu(run, tmp_path):
+    """bf16 and fp32, compiled or not, on the device; the loss is the CPU's."""
+    losses = []
+    for extra in ("--precision bf16", "--precision fp32", "--precision fp32 --compile"):
+        done = run("main_moco_out.py", TINY_MOCO, extra, "--epochs 1 --output-dir", tmp_path / extra[-4:])
+        assert done.status == 0, done.err
+        losses.append(printed_losses(done.out)[0])
+    assert max(losses) - min(losses) < 0.05

@@ -38,6 +38,8 @@ def evaluate(device, args):
     if args.evaluate and not args.resume:
         raise UsageError("-e evaluates a trained classifier: name it with --resume (this script's model_best.pth.tar)")
     saved = checkpoint.load(source)
+    if args.resume and not (isinstance(saved.get("best"), dict) and "optimizer" in saved):
+        raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
     weights = encoder_weights(saved["state_dict"], source)
     take_options(args, saved, weights, source)
     options.settle(args, device)
@@ -69,7 +71,12 @@ def evaluate(device, args):
         nn.init.zeros_(classifier.bias)
     first_epoch, best = args.start_epoch, None
     if trained:
-        first_epoch, best = restore(saved, optimizer, args)
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            first_epoch, best = int(saved["epoch"]), saved["best"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"checkpoint '{source}' cannot be resumed: {error}") from None
+        say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
         backbone.compile()
     log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
@@ -152,15 +159,6 @@ def load_encoder(encoder, weights, path, classifier):
     weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
     kept = {} if classifier else {name: value for name, value in own.items() if name.startswith("fc.")}
     checkpoint.load_state(encoder, weights | kept, path)
-
-
-def restore(saved, optimizer, args):
-    best = saved.get("best")
-    if not isinstance(best, dict) or "optimizer" not in saved:
-        raise RunError(f"checkpoint '{args.resume}' is not one of this script's: name an encoder with --pretrained")
-    optimizer.load_state_dict(saved["optimizer"])
-    say(f"going on with epoch {saved['epoch']} of '{args.resume}'")
-    return int(saved["epoch"]), best
 
 
 def save(encoder, optimizer, epoch, best, args):

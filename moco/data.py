@@ -293,7 +293,8 @@ class Batches:
             for batch, order in steps
         ]
         for (batch, order), images in zip(steps, self.loader, strict=True):
-            if isinstance(images, Exception):
+            if isinstance(images, RunError):
+                images.alone = True  # the other processes load other images
                 raise images
             made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             made = list(made.split(len(self.rows(batch, 0, order))))

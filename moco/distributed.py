@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from datetime import timedelta
 from urllib.parse import urlparse
 
@@ -100,12 +101,19 @@ def launch(worker, args):
         else:
             spawn(worker, args, on_node)
     except (UsageError, RunError) as error:
-        complain(error)
+        complain(error, max(args.rank, 0) if "RANK" in os.environ else 0)
 
 
-def complain(error):
-    if rank() == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+def complain(error, rank=0):
+    """One line on stderr and the error's exit status.
+
+    What befalls all processes the first one says; the others wait for it, since whoever starts them ends all with the
+    first that fails. `error.alone` marks what only one process has met.
+    """
+    if rank == 0 or getattr(error, "alone", False):
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
     sys.exit(error.status)
 
 
@@ -133,7 +141,7 @@ def spawned(local_rank, worker, args, processes):
     try:
         run(worker, args, local_rank, processes)
     except (UsageError, RunError) as error:
-        complain(error)
+        complain(error, args.rank)
 
 
 def run(worker, args, local_rank, processes):

@@ -154,6 +154,10 @@ def prepare(args, device, model_class):
     options.settle(args, device)
     if args.batch_size % (distributed.world_size() * args.bn_splits):
         raise UsageError(f"-b {args.batch_size} cannot be cut into --bn-splits {args.bn_splits} equal chunks")
+    if args.start_epoch >= args.epochs:
+        raise UsageError(
+            f"--start-epoch {args.start_epoch} leaves no epoch of --epochs {args.epochs}: it counts from 0"
+        )
     args.groups = distributed.world_size() * args.bn_splits
     if args.batch_size < 2 * args.groups:
         raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")

@@ -1,0 +1,44 @@
+# make demo    a label-aware MoCo on scikit-learn's digits, its linear classifier, a picture of both (minutes on a CPU)
+# make test    the tests
+# make check   lint and format
+# make report  README's table and figures, from results/
+#
+# Each makes a virtual environment in .venv first, with requirements.txt. PYTHON=... chooses the interpreter.
+
+PYTHON ?= python3
+BIN = .venv/bin
+DIGITS = --dataset digits --seed 0
+PRETRAIN = -a resnet20 --image-size 16 -b 128 --moco-k 1024 --mlp --moco-t 0.2 --lr 0.06 --cos --epochs 60 --warm-up 2
+
+demo: .venv/installed
+	@rm -rf demo
+	$(BIN)/python main_moco_out.py $(DIGITS) $(PRETRAIN) --output-dir demo
+	$(BIN)/python main_lincls.py $(DIGITS) --lr 1 --epochs 30 --schedule 18 24 \
+	  --pretrained demo/checkpoint_last.pth.tar --output-dir demo | tee demo/linear.log
+	@$(BIN)/python scripts/picture.py demo > /dev/null
+	@echo
+	@echo "accuracy of the linear classifier on 360 digits it has not seen:  $$(tail -n 1 demo/linear.log)"
+	@echo "logs         demo/log.csv  demo/linear.csv  demo/tensorboard/"
+	@echo "checkpoints  demo/checkpoint_last.pth.tar  demo/model_best.pth.tar"
+	@echo "picture      demo/picture.png"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+report: .venv/installed
+	$(BIN)/python scripts/report.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.PHONY: demo test check report

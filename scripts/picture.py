@@ -37,30 +37,29 @@ def main():
 
 
 def draw(run, folder, out):
-    features, labels, classes, accuracy = embedding(run, folder)
+    points, labels, classes = embedding(run, folder)
     log, linear = logs.read(run / "log.csv"), logs.read(run / "linear.csv")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
-    left.plot([int(r["epoch"]) for r in log], [float(r["loss"]) for r in log], color="tab:blue")
-    left.set(
-        xlabel="epoch of pretraining", ylabel="loss", title="pretraining" + " and linear evaluation" * bool(linear)
-    )
+    panels = [["loss", "map"], ["linear", "map"]] if linear else [["loss", "map"]]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(12, 5.2), layout="constrained")
+    curve(axes["loss"], log, "loss", xlabel="epoch of pretraining")
     if linear:
-        above, beside = left.twiny(), left.twinx()
-        above.remove()
-        share = len(log) / len(linear)  # both runs over the whole width
-        beside.plot([share * int(r["epoch"]) for r in linear], [float(r["top1"]) for r in linear], color="tab:orange")
-        beside.set_ylabel(f"linear classifier, top-1 in % (its {len(linear)} epochs)", color="tab:orange")
-    scatter(right, features, labels, classes)
-    right.set_title(f"validation images (t-SNE of frozen features; kNN {accuracy:.1f}%)")
+        curve(axes["linear"], linear, "top1", xlabel="epoch of the linear classifier", ylabel="top-1 in %")
+    scatter(axes["map"], points, labels, classes)
+    axes["map"].set_title("validation images: t-SNE of the frozen features")
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def curve(axes, log, column, **labels):
+    axes.plot([int(row["epoch"]) for row in log], [float(row[column]) for row in log])
+    axes.set(**{"ylabel": column, **labels})
 
 
 def embedding(run, folder=None):
     """t-SNE of the frozen encoder's validation features.
 
     Returns:
-        points (N, 2), labels (N,), the classes' names, and the features' leave-one-out kNN accuracy in percent.
+        points (N, 2), labels (N,), the classes' names.
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
@@ -78,15 +77,8 @@ def embedding(run, folder=None):
     if len(features) > MOST_POINTS:
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_POINTS].to(device)
         features, labels = features[chosen], labels[chosen]
-    similarity = (features @ features.T).fill_diagonal_(-2)
-    right = labels[similarity.topk(min(10, len(labels) - 1), 1).indices].mode(1).values == labels
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
-    return (
-        tsne.fit_transform(features.cpu().numpy()),
-        labels.cpu().numpy(),
-        split.classes,
-        100 * right.float().mean().item(),
-    )
+    return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), split.classes
 
 
 def scatter(axes, points, labels, classes):

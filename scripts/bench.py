@@ -1,0 +1,322 @@
+"""Measures the speed of views, step and loop, each against a baseline in the same run.
+
+    python scripts/bench.py --quick            # views, loop against bare encoders, loop against every speed-up off
+    python scripts/bench.py --out bench.json   # and how a step grows with the batch, the queue and the processes
+
+Images are random pixels: no data set is needed. On a GPU the baselines are ResNet-50 at batch 256 in bfloat16, on a
+CPU ResNet-18 at batch 128 (loop against bare encoders) and resnet20 at batch 256 (loop against speed-ups off).
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "scripts"))
+
+from reproduce import commit, describe_hardware, versions
+
+from moco import augment, builder, data, distributed, encoders, options, pretrain
+
+IMAGES, CLASSES = 4096, 10
+
+
+def main():
+    parser = options.Parser(
+        description=__doc__.partition("\n")[0],
+        epilog=__doc__.partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="without the growth of a step: minutes on two cores")
+    add("-a", "--arch", help="network (default: resnet50 on a GPU; resnet18 and resnet20 on a CPU)")
+    add(
+        "-b", "--batch-size", type=options.positive_int, metavar="N", help="default: 256 on a GPU, 128 and 256 on a CPU"
+    )
+    add("--rounds", type=options.positive_int, default=3, metavar="N", help="repetitions of each pair (default: 3)")
+    add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--profile", type=Path, metavar="FILE", help="write a PyTorch trace of five steps of the loop")
+    add("--loop", nargs="+", metavar="OPTION", help=argparse.SUPPRESS)  # how it calls itself under torchrun
+    words, rest = parser.parse_known_args()
+    if words.loop:
+        speed, _ = loop(*words.loop, *rest)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(speed))
+        return
+    if rest:
+        parser.error(f"unknown option {rest[0]}")
+    gpu = torch.cuda.is_available()
+    fast = ["--precision", "bf16", "--compile"] if gpu else []
+    if words.profile:
+        trace(words, fast)
+        return
+    hardware = describe_hardware()
+    figures = {"device": "cuda" if gpu else "cpu", "hardware": hardware, "versions": versions(), "commit": commit()}
+    figures |= {
+        "measured": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
+    }
+    show = partial(report, figures)
+    print(f"on {hardware['device']}, {hardware['cores']} cores, torch {torch.__version__}")
+
+    bench_views(show, gpu, words.rounds)
+    bench_loop(show, words, gpu, fast)
+    bench_plain(show, words, gpu, fast)
+    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    show("peak_memory_bytes", memory, "peak memory, GiB", memory / 2**30)
+    if not words.quick:
+        bench_growth(show, words, gpu, fast)
+    if words.out:
+        words.out.parent.mkdir(parents=True, exist_ok=True)
+        words.out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(words.out)
+
+
+def report(figures, key, value, title, shown=None):
+    figures[key] = value
+    print(f"{title:<72} {value if shown is None else shown:>12,.2f}", flush=True)
+
+
+def synthetic():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    return data.Split(torch.arange(IMAGES) % CLASSES, [str(c) for c in range(CLASSES)], images)
+
+
+def bench_views(show, gpu, rounds):
+    """Two views an image: torchvision on PIL images on one core, against batches on this device (one core of a CPU)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images = synthetic().images[:256]
+    recipe, statistics_ = augment.AUG_PLUS, data.CIFAR10
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    transform = recipe.transform(*statistics_)
+    device = torch.device("cuda" if gpu else "cpu")
+    views = augment.Views(recipe, *statistics_, device, compile=gpu)
+    on_device = images.to(device)
+    rng = torch.Generator().manual_seed(0)
+    parameters = [recipe.draw(256, 32, 32, rng).to(device) for _ in range(2)]
+
+    def by_pillow():
+        for picture in pictures:
+            transform(picture), transform(picture)
+
+    times = 100 if gpu else 4
+
+    def in_batches(times=times):
+        for _ in range(times):
+            for drawn in parameters:
+                views(on_device, drawn, recipe.draw_order(rng))
+        if gpu:
+            torch.cuda.synchronize()
+
+    for _ in range(30 if gpu else 1):  # every operation is compiled
+        in_batches(1)
+    pairs = [(256 / seconds(by_pillow), 256 * times / seconds(in_batches)) for _ in range(rounds)]
+    torch.set_num_threads(threads)
+    pillow, batched = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    cores = data.cores() if gpu else 1
+    show("views_pil_per_core", pillow, "PIL views on one core, images/s (two views each)")
+    show("views_batched", batched, f"batched views on {'this GPU' if gpu else 'one core'}, images/s")
+    ratio = statistics.median(b / p for p, b in pairs) / cores
+    show("views_ratio", ratio, f"  ratio to {cores} core{'s' * (cores > 1)} of PIL views")
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def bench_loop(show, words, gpu, fast):
+    arch, batch = words.arch or ("resnet50" if gpu else "resnet18"), words.batch_size or (256 if gpu else 128)
+    steps = 60 if gpu else 4
+    case = [*fast, "-a", arch, "-b", str(batch)]
+    pairs = [(bare(arch, batch, gpu, steps), loop(*case, "--steps", str(steps))[0]) for _ in range(words.rounds)]
+    show(
+        "bare_images_per_second",
+        statistics.median(p[0] for p in pairs),
+        f"bare encoders, {arch}, batch {batch}, images/s",
+    )
+    show("images_per_second", statistics.median(p[1] for p in pairs), "whole loop of main_moco_out.py, images/s")
+    show("loop_over_bare", statistics.median(p[1] / p[0] for p in pairs), "  ratio")
+
+
+def bench_plain(show, words, gpu, fast):
+    arch, batch = words.arch or ("resnet50" if gpu else "resnet20"), words.batch_size or 256
+    case = ["-a", arch, "-b", str(batch), "--steps", "30" if gpu else "8"]
+    pairs = [(loop(*case, *fast)[0], loop(*case, "--plain")[0]) for _ in range(words.rounds)]
+    show(
+        "plain_images_per_second",
+        statistics.median(p[1] for p in pairs),
+        f"loop with every speed-up off, {arch}, images/s",
+    )
+    show("loop_over_plain", statistics.median(p[0] / p[1] for p in pairs), "  ratio of the loop to it")
+
+
+def bench_growth(show, words, gpu, fast):
+    arch = words.arch or ("resnet50" if gpu else "resnet20")
+    steps = ["--steps", "40" if gpu else "6"]
+
+    def milliseconds(batch, *more):
+        return 1000 * batch / loop("-a", arch, "-b", str(batch), *steps, *fast, *more)[0]
+
+    for batch in (64, 128, 256, 512):
+        show(f"step_ms_batch_{batch}", milliseconds(batch), f"a step of {arch}, batch {batch}, queue 4,096, ms")
+    for queue in (4096, 16384, 65536):
+        show(f"step_ms_queue_{queue}", milliseconds(256, "--moco-k", str(queue)), f"  batch 256, queue {queue:,}, ms")
+    for processes in range(1, (torch.cuda.device_count() if gpu else data.cores()) + 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
+        case = ["--loop", "x", "-a", arch, "-b", "256", *steps, *fast]
+        threads = {} if gpu else {"OMP_NUM_THREADS": str(max(1, data.cores() // processes))}
+        done = subprocess.run([*launcher, *case], capture_output=True, text=True, env={**os.environ, **threads})
+        if done.returncode:
+            sys.exit(f"bench.py: error: {processes} processes ended with:\n{done.stderr[-2000:]}")
+        speed = json.loads(done.stdout.strip().splitlines()[-1])
+        show(f"images_per_second_processes_{processes}", speed, f"  batch 256, {processes} process(es), images/s")
+
+
+class Plain(builder.MoCoOut):
+    """Every speed-up off: float32 without TF32, channels first, images gathered for the shuffle."""
+
+    shuffle_keys = False
+
+    @classmethod
+    def from_options(cls, args, classes):
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
+        return super().from_options(args, classes)
+
+    def to(self, device, memory_format=None):
+        return super().to(device)
+
+    def forward(self, im_q, im_k, labels):
+        return super().forward(im_q.contiguous(), im_k.contiguous(), labels)
+
+
+def loop(*words, profiler=None):
+    """images/s of the training loop that main_moco_out.py runs, without its first steps; and the log's last row."""
+    parser = options.pretrain_parser("")
+    builder.MoCoOut.add_options(parser)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plain", action="store_true")
+    # As in the README's commands, but for one epoch that is as long as the measurement.
+    common = [
+        "--lr",
+        "0.03",
+        "--moco-k",
+        "4096",
+        "--mlp",
+        "--moco-t",
+        "0.2",
+        "--aug-plus",
+        "--cos",
+        "--warm-up",
+        "0",
+        "--epochs",
+        "1",
+        "--seed",
+        "0",
+    ]
+    args = parser.parse_args(["x", *common, *(word for word in words if word != "x")])
+    skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
+    wanted = (args.steps + skipped) * args.batch_size
+    split = synthetic()
+    times = -(-wanted // len(split))
+    split = data.Split(split.labels.repeat(times)[:wanted], split.classes, split.images.repeat(times, 1, 1, 1)[:wanted])
+    if args.plain:
+        args.views, args.precision, args.compile, args.print_freq, args.workers = "pil", "fp32", False, 1, data.cores()
+
+    clock = []
+
+    def load(args, train, device):
+        images = split.images if args.views == "pil" else split.images.to(device)
+        return data.Split(split.labels, split.classes, images)
+
+    def learning_rate(epoch, args):  # the loop asks for it at each of its steps
+        if len(clock) == skipped and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if profiler and len(clock) == skipped:
+            profiler.start()
+        clock.append(time.perf_counter())
+        return rate(epoch, args)
+
+    def save(*rest):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+        if profiler:
+            profiler.stop()
+
+    rate, kept = pretrain.learning_rate, (data.load, pretrain.save, data.resolve)
+    data.load, pretrain.save, pretrain.learning_rate, data.resolve = load, save, learning_rate, lambda args: "cifar10"
+    try:
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, redirect_stdout(null):
+            args.output_dir = folder
+            distributed.launch(partial(pretrain.train, Plain if args.plain else builder.MoCoOut), args)
+    finally:
+        pretrain.learning_rate, (data.load, pretrain.save, data.resolve) = rate, kept
+    return args.steps * args.batch_size / (clock[-1] - clock[skipped]), clock
+
+
+def bare(arch, batch, gpu, steps):
+    """images/s of what no implementation can do without: query forward and backward, key forward, SGD."""
+    device = torch.device("cuda" if gpu else "cpu")
+    torch.manual_seed(0)
+    model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(device, memory_format=torch.channels_last).train()
+    query, key = model.encoder_q, model.encoder_k
+    if gpu:
+        query.compile()
+        key.compile()
+    optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
+    images = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+            with torch.no_grad():
+                keys = key(images)
+            loss = (query(images).float() * keys.float()).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(10 if gpu else 1):
+        step()
+    if gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if gpu:
+        torch.cuda.synchronize()
+    return steps * batch / (time.perf_counter() - start)
+
+
+def trace(words, fast):
+    gpu = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
+    profiler = torch.profiler.profile(activities=activities)
+    arch, batch = words.arch or ("resnet50" if gpu else "resnet18"), words.batch_size or (256 if gpu else 128)
+    loop(*fast, "-a", arch, "-b", str(batch), "--steps", "5", profiler=profiler)
+    profiler.export_chrome_trace(str(words.profile))
+    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+    print(f"{words.profile}: open it at https://ui.perfetto.dev")
+
+
+if __name__ == "__main__":
+    main()

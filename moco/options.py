@@ -164,7 +164,13 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         metavar="N",
         help="loader processes, where images are loaded at all (default: %(default)s)",
     )
-    add("--epochs", type=positive_int, default=epochs, metavar="N", help="default: %(default)s")
+    add(
+        "--epochs",
+        type=positive_int,
+        default=epochs,
+        metavar="N",
+        help="to train, from the first on (default: %(default)s)",
+    )
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
     add(
         "-b",
@@ -191,7 +197,7 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         default=weight_decay,
         dest="weight_decay",
         metavar="W",
-        help="default: %(default)s",
+        help="weight decay (default: %(default)s)",
     )
     add(
         "-p",

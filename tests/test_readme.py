@@ -1,0 +1,132 @@
+"""What the README shows: its commands run, its table is what results/ says, its example of a variant trains."""
+
+import json
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.S)]
+COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if "python main_" in line]
+SMALL = "-a resnet20 --image-size 8 -b 8 --epochs 1 --moco-k 32"
+
+
+def test_commands(run, folder, tmp_path):
+    """Each as it stands, but for a small network, small data and one epoch."""
+    assert len(COMMANDS) == 4
+    data = folder(train=8, val=4)
+    for command in COMMANDS:
+        words = command[command.index("main_") :].split()
+        script, rest = words[0], shlex.split(" ".join(words[1:]))
+        assert rest.pop() == "data/"
+        small = SMALL if script != "main_lincls.py" else "-a resnet20 -b 8 --epochs 1"
+        if "--pretrained" in rest:
+            rest[rest.index("--pretrained") + 1] = str(tmp_path / "checkpoint_0000.pth.tar")
+        done = run(script, *[shlex.quote(word) for word in rest], small, "--output-dir", tmp_path, data)
+        assert done.status == 0, done.err
+    assert "result: top1=" in done.out
+
+
+def test_every_option_of_the_table_exists(run):
+    section = README.split("## Options beyond the reference's")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(--[a-z-]+)", section)) - {"--help"}
+    assert len(named) > 12
+    help_ = run("main_moco_out.py", "--help").out + run("main_lincls.py", "--help").out
+    assert all(name in help_ for name in named), [name for name in named if name not in help_]
+
+
+@pytest.mark.parametrize("script", ["moco", "moco_in", "moco_out", "moco_suploss", "supcon", "ce", "lincls"])
+def test_help(script, run):
+    done = run(f"main_{script}.py", "--help")
+    assert done.status == 0 and "--output-dir" in done.out and "python main_" in done.out
+
+
+def test_reference_options_have_their_defaults(run):
+    for script, values in (
+        ("main_moco_out.py", "--epochs 1000,-b 256,--lr 0.03,--momentum 0.9,--wd 0.0001,-j 8,-p 10,--warm-up 5"),
+        ("main_moco_out.py", "--moco-dim 128,--moco-k 65536,--moco-m 0.99,--moco-t 0.07,--save-freq 200"),
+        ("main_lincls.py", "--epochs 100,--lr 30.0,-b 256,--wd 0.0"),
+    ):
+        text = " ".join(run(script, "--help").out.split())
+        for value in values.split(","):
+            name, default = value.split()
+            assert re.search(rf"(?<![\w-]){name}[ ,].*?default: {re.escape(default)}\)", text), value
+
+
+def test_the_example_of_a_variant(run, tmp_path):
+    example = re.search(r"```python\n(# main_\w+\.py\n.*?)```", README, re.S)[1]
+    assert len(example.splitlines()) < 20
+    script = tmp_path / "main_variant.py"
+    script.write_text(example)
+    done = run(script, TINY, "--epochs 1 --moco-k 40 --moco-dim 8 --output-dir", tmp_path)
+    assert done.status == 0 and "QueueOnly" in done.out, done.err
+
+
+def test_the_tables_are_what_results_say(run):
+    assert run("scripts/report.py", "--check").status == 0
+
+
+def test_nonsense_in_results_is_named(run, tmp_path):
+    for content in ("{", "[]", json.dumps({"row": "MoCo v3"}), json.dumps({"row": "MoCo v2", "top1": 101})):
+        (tmp_path / "bad.json").write_text(content)
+        done = run("scripts/report.py", "--check --results", tmp_path)
+        assert done.status == 1 and "bad.json" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_rows_and_recipes(run):
+    """The commands that reproduce the table, against its specification."""
+    done = run("scripts/reproduce.py", "--print")
+    lines = done.out.splitlines()
+    assert len(lines) == 15  # cross entropy needs no linear evaluation
+    moco = [line for line in lines if line.startswith("python main_moco")]
+    assert [re.search(r"main_(\w+)\.py .*--epochs (\d+)", line).groups() for line in moco] == [
+        ("moco", "200"),
+        ("moco_in", "200"),
+        ("moco", "1000"),
+        ("moco_in", "1000"),
+        ("moco_out", "1000"),
+        ("moco_suploss", "1000"),
+    ]
+    for line in moco:
+        assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
+    refused = run("scripts/reproduce.py", "in-300 data/")
+    assert refused.status == 2 and "unknown row 'in-300'" in refused.err
+
+
+def test_a_row_scaled_down(run, tmp_path):
+    where = f"--runs {tmp_path}/runs --results {tmp_path}/results"
+    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1"
+    words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where]
+    done = run("scripts/reproduce.py", *words, f"--pretrain '{small}' --linear '--dataset digits --epochs 2 -b 32'")
+    assert done.status == 0, done.err
+    (path,) = (tmp_path / "results").iterdir()
+    result = json.loads(path.read_text())
+    assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)
+    assert len(result["curve"]) == 2 and len(result["commands"]) == 2 and 0 <= result["top1"] <= 100
+    for name in [
+        "commit",
+        "hardware",
+        "versions",
+        "seed",
+        "arch",
+        "dataset",
+        "batch_size",
+        "pretrain_seconds",
+        "linear_seconds",
+        "knn",
+    ]:
+        assert name in result
+
+
+def test_the_bench_measures_the_loop():
+    import bench
+
+    speed, clock = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3")
+    assert speed > 0 and len(clock) == 1 + 3 + 1
+    plain, _ = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3", "--plain")
+    assert plain > 0

@@ -85,7 +85,13 @@ def load(path):
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at the checksums
+                    raise RunError(f"checkpoint '{path}' is damaged: the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) and "weights_only" in str(error).lower():
             raise RunError(f"checkpoint '{path}' holds more than tensors and plain values, and is not opened") from None

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco.errors import RunError, UsageError
+from moco.errors import RunError, UsageError, one_line
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
+GRACE = 10  # seconds that the other processes have to leave when one has failed
+ADVICE = "--resume auto goes on from the last checkpoint"
 
 
 def rank():
@@ -111,7 +113,7 @@ def complain(error, rank=0):
     first that fails. `error.alone` marks what only one process has met.
     """
     if rank == 0 or getattr(error, "alone", False):
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     sys.exit(error.status)
@@ -130,10 +132,12 @@ def spawn(worker, args, processes):
         signal.signal(number, pass_on)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all of them
     try:
-        while not context.join():
+        while not context.join(grace_period=GRACE):
             pass
-    except mp.ProcessExitedException as error:  # the process that failed has said why
-        sys.exit(128 + signal.Signals[error.signal_name] if error.signal_name else error.exit_code)
+    except mp.ProcessExitedException as error:
+        if error.signal_name is None:  # the process that failed has said why
+            sys.exit(error.exit_code)
+        complain(RunError(f"process {error.error_index} of {processes} was ended by {error.signal_name}; {ADVICE}"))
 
 
 def spawned(local_rank, worker, args, processes):
@@ -166,12 +170,29 @@ def run(worker, args, local_rank, processes):
             )
         except (dist.DistError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(f"the {args.world_size} processes could not meet at {args.dist_url}: {reason}") from None
+            lost = RunError(
+                f"the {args.world_size} processes could not meet at {args.dist_url} within "
+                f"{PATIENCE.total_seconds() / 60:g} minutes: {reason}"
+            )
+            lost.alone = True
+            raise lost from None
     try:
         worker(device, args)
+    except RuntimeError as error:
+        if not lost_connection(error):
+            raise
+        raise RunError(f"another of the {args.world_size} processes has ended or cannot be reached; {ADVICE}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def lost_connection(error):
+    """Is this how a collective fails when another process is gone?"""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        dist.is_initialized() and any(word in text for word in ("gloo", "Connection", "NCCL", "Timed out"))
+    )
 
 
 def check_port(url):

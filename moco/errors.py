@@ -11,3 +11,8 @@ class RunError(Exception):
     """The command was sound, but the run cannot go on (a broken image, a full disk). Exit status 1."""
 
     status = 1
+
+
+def one_line(text):
+    """With line breaks and other control characters spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

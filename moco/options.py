@@ -7,6 +7,7 @@ import sys
 import torch
 
 from moco import augment, data, distributed, logs
+from moco.errors import one_line
 
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 

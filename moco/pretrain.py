@@ -60,7 +60,7 @@ def learning_rate(epoch, args):
 def train(model_class, device, args):
     resumed = prepare(args, device, model_class)
     split = data.load(args, True, device)
-    args.images = len(split)
+    args.images, args.classes = len(split), split.classes
     steps = len(split) // args.batch_size
     if args.compile is None:
         args.compile = device.type == "cuda" and steps * args.epochs >= COMPILE_STEPS

@@ -169,7 +169,7 @@ def reproduce(key, args, seed):
         **facts,
         "seed": seed,
         "arch": saved["arch"],
-        "dataset": "cifar10" if saved["images"] == 50000 and saved["dataset"] == "imagefolder" else saved["dataset"],
+        "dataset": dataset(saved),
         "images": saved["images"],
         "epochs": saved["epochs"],
         "batch_size": saved["batch_size"],
@@ -190,6 +190,12 @@ def reproduce(key, args, seed):
     write_json(path, result)
     print(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
     return result["top1"]
+
+
+def dataset(saved):
+    """An image folder with CIFAR-10's classes is CIFAR-10."""
+    cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return "cifar10" if saved["dataset"] == "imagefolder" and saved["classes"] == cifar10 else saved["dataset"]
 
 
 def numbers(row):

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the tests start processes that share cores
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 torch.set_num_threads(2)
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -178,6 +178,10 @@ def run(worker, args, local_rank, processes):
             raise lost from None
     try:
         worker(device, args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of memory: a smaller -b or --moco-k may fit ({str(error).splitlines()[0]})") from None
     except RuntimeError as error:
         if not lost_connection(error):
             raise

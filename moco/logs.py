@@ -21,12 +21,16 @@ def say(text):
 
 
 class Progress:
-    """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere."""
+    """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    def __init__(self, epoch, epochs, steps, images_per_step, first=0):
+    An epoch that goes on from step `first` has taken `seconds` before.
+    """
+
+    def __init__(self, epoch, epochs, steps, images_per_step, first=0, seconds=0.0):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
-        self.first, self.done = first, first
-        self.start = self.mark = time.perf_counter()
+        self.done = first
+        self.mark = time.perf_counter()
+        self.start = self.mark - seconds
         self.waiting = 0.0
         self.bar = None
         if distributed.rank() == 0 and sys.stdout.isatty():
@@ -50,7 +54,7 @@ class Progress:
 
     @property
     def images_per_second(self):
-        return (self.done - self.first) * self.images / max(self.seconds, 1e-9)
+        return self.done * self.images / max(self.seconds, 1e-9)
 
     def show(self, done, **values):
         """After `done` steps of the epoch."""
@@ -61,7 +65,7 @@ class Progress:
         moved, self.done = done - self.done, done
         if distributed.rank() != 0:
             return
-        left = self.seconds / max(done - self.first, 1) * (self.steps * (self.epochs - self.epoch) - done)
+        left = self.seconds / max(done, 1) * (self.steps * (self.epochs - self.epoch) - done)
         if self.bar is not None:
             self.bar.update(moved)
             self.bar.set_postfix({**values, "images/s": f"{self.images_per_second:.0f}"}, refresh=False)

@@ -71,12 +71,25 @@ def pretrain_parser(description):
         "--warm-up", type=count, default=5, metavar="N", help="epochs from lr 0 to lr (default: %(default)s)"
     )
     more = parser.add_argument_group("beyond the reference")
-    more.add_argument("--save-freq", type=positive_int, default=200, metavar="N",
-                      help="epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)")  # fmt: skip
-    more.add_argument("--stem", choices=("cifar", "imagenet"),
-                      help="first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)")  # fmt: skip
-    more.add_argument("--bn-splits", type=positive_int, default=1, metavar="S",
-                      help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)")  # fmt: skip
+    more.add_argument(
+        "--save-freq",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)",
+    )
+    more.add_argument(
+        "--stem",
+        choices=("cifar", "imagenet"),
+        help="first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)",
+    )
+    more.add_argument(
+        "--bn-splits",
+        type=positive_int,
+        default=1,
+        metavar="S",
+        help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)",
+    )
     more.add_argument(
         "--knn-freq",
         type=count,
@@ -155,7 +168,7 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         "-a",
         "--arch",
         default="resnet50",
-        help="resnet20, or a network of torchvision's ResNet family (default: resnet50)",
+        help="resnet20, or a network of torchvision's ResNet family (default: resnet50; for main_lincls.py the checkpoint's)",
     )
     add(
         "-j",
@@ -250,7 +263,11 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         help="only the first N training images of each class",
     )
     more.add_argument(
-        "--image-size", type=number(int, 8), default=32, metavar="PIXELS", help="side of the views (default: 32)"
+        "--image-size",
+        type=number(int, 8),
+        default=32,
+        metavar="PIXELS",
+        help="side of the views (default: 32; for main_lincls.py the checkpoint's)",
     )
     more.add_argument(
         "--mean",

@@ -82,9 +82,9 @@ def train(model_class, device, args):
     # What the epoch has seen so far: kept on the device, read only when it is shown.
     losses = torch.zeros(steps, device=device)
     health = torch.zeros(5, device=device)  # sums of losses.contrast_health's four values, and their number
-    first_epoch, first_step = args.start_epoch, 0
+    first_epoch, first_step, seconds = args.start_epoch, 0, 0.0
     if resumed:
-        first_epoch, first_step = restore(resumed, model, optimizer, losses, health, args)
+        first_epoch, first_step, seconds = restore(resumed, model, optimizer, losses, health, args)
     if args.compile:
         for encoder in model.children():
             encoder.compile()
@@ -99,7 +99,7 @@ def train(model_class, device, args):
     network.train()
     with Interruption() as interruption:
         for epoch in range(first_epoch, args.epochs):
-            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, first_step)
+            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, first_step, seconds)
             shown = first_step
             for step, (views, labels, order) in enumerate(
                 progress.waited_for(batches.epoch(epoch, first_step)), start=first_step
@@ -126,7 +126,7 @@ def train(model_class, device, args):
                     shown = done
                     if stop and done < steps:
                         progress.close()
-                        save(args, model, optimizer, epoch, done, losses, health)
+                        save(args, model, optimizer, epoch, done, losses, health, progress.seconds)
                         say(f"stopped in epoch {epoch} after step {done}; --resume auto goes on from there")
                         interruption.leave()
             progress.close()
@@ -140,9 +140,9 @@ def train(model_class, device, args):
             describe(epoch, row, args)
             losses.zero_()
             health.zero_()
-            first_step = 0
+            first_step, seconds = 0, 0.0
             # The log comes first: a resumed run drops what it will write again.
-            save(args, model, optimizer, epoch + 1, 0, losses, health)
+            save(args, model, optimizer, epoch + 1)
             if interruption.agreed:
                 say(f"stopped after epoch {epoch}; --resume auto goes on from there")
                 interruption.leave()
@@ -177,12 +177,14 @@ def prepare(args, device, model_class):
 
 
 def restore(resumed, model, optimizer, losses, health, args):
-    """Weights, optimizer and the state of a begun epoch; returns the epoch and the step to go on from."""
+    """Weights, optimizer and the state of a begun epoch; returns the epoch and step to go on from, and its seconds."""
     path = resumed["path"]
     checkpoint.load_state(model, resumed["state_dict"], path)
     try:
         optimizer.load_state_dict(resumed["optimizer"])
-        epoch, step = int(resumed["epoch"]), int(resumed.get("step", 0))
+        epoch, step, seconds = int(resumed["epoch"]), int(resumed.get("step", 0)), float(resumed.get("seconds", 0))
+        if args.start_epoch and args.start_epoch != epoch:
+            epoch, step, seconds = args.start_epoch, 0, 0.0
         if step:
             losses[:step] = resumed["losses"]
             health.copy_(resumed["health"])
@@ -191,15 +193,13 @@ def restore(resumed, model, optimizer, losses, health, args):
         raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
     for group in optimizer.param_groups:
         group.update(momentum=args.momentum, weight_decay=args.weight_decay)
-    if args.start_epoch and args.start_epoch != epoch:
-        epoch, step = args.start_epoch, 0
     if epoch >= args.epochs:
         say(f"'{path}' has all of its {args.epochs} epochs: there is nothing left to do")
-    return epoch, step
+    return epoch, step, seconds
 
 
-def save(args, model, optimizer, epoch, step, losses, health):
-    """`epoch` epochs are complete, and `step` steps of the next one."""
+def save(args, model, optimizer, epoch, step=0, losses=None, health=None, seconds=0.0):
+    """`epoch` epochs are complete, and `step` steps of the next one, with what it has seen so far."""
     if step:
         average_statistics(model)
     if distributed.rank() != 0:
@@ -212,7 +212,7 @@ def save(args, model, optimizer, epoch, step, losses, health):
         "options": options.plain(args),
     }
     if step:
-        content |= {"step": step, "losses": losses[:step].clone(), "health": health}
+        content |= {"step": step, "losses": losses[:step].clone(), "health": health, "seconds": seconds}
     path = Path(args.output_dir, checkpoint.LAST)
     checkpoint.save(path, content)
     if not step and (epoch % args.save_freq == 0 or epoch == args.epochs):

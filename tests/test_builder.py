@@ -1,6 +1,7 @@
 """MoCo and its variants against a second implementation: loops, lists and float64."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -64,6 +65,7 @@ class Reference:
                 theta_k.copy_(self.m * theta_k + (1 - self.m) * theta_q)
             k = F.normalize(self.encoder_k(im_k.double()), dim=1)
         labels = labels.tolist()
+        self.right, self.positive, self.negative = [], [], []
         total = 0
         for i in range(len(q)):
             members = self.members(i, q, k, labels)
@@ -76,10 +78,22 @@ class Reference:
                 total = total - ratio[chosen].mean().log()
             else:
                 total = total - ratio[chosen].log().mean()
+            self.watch(s * self.T, chosen)
         for key, label in zip(k, labels, strict=True):
             self.keys[self.next], self.labels[self.next] = key, label
             self.next = (self.next + 1) % self.K
         return total / len(q)
+
+    def watch(self, similarities, chosen):
+        similarities, chosen = similarities.tolist(), chosen.tolist()
+        self.right.append(chosen[similarities.index(max(similarities))])
+        self.positive += [s for s, positive in zip(similarities, chosen, strict=True) if positive]
+        self.negative += [s for s, positive in zip(similarities, chosen, strict=True) if not positive]
+
+    def health(self):
+        queries = len(self.right)
+        positive, negative = (sum(x) / len(x) for x in (self.positive, self.negative))
+        return [sum(self.right) / queries, positive, negative, len(self.positive) / queries]
 
     def members(self, i, q, k, labels):
         """(feature, label, is it the query's own key?) of each member of A(i)."""
@@ -96,6 +110,7 @@ class Reference:
 def test_eight_steps_are_the_formulas(variant):
     """The queue of 20 wraps around within a batch of 8."""
     model = make(variant)
+    model.watch = True
     reference = Reference(model)
     recipe = dict(lr=0.3, momentum=0.9, weight_decay=1e-3)
     ours = torch.optim.SGD(model.encoder_q.parameters(), **recipe)
@@ -108,10 +123,15 @@ def test_eight_steps_are_the_formulas(variant):
             optimizer.step()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=2e-5), step
+        assert model.health.tolist() == pytest.approx(reference.health(), rel=1e-4, abs=1e-5), step
     assert torch.allclose(model.queue.T.double(), torch.stack(reference.keys), atol=1e-4)
     assert model.queue_ptr.item() == reference.next == 8 * 8 % 20
     if model.labelled:
         assert model.label_queue.tolist() == reference.labels
+    for ours, theirs in ((model.encoder_q, reference.encoder_q), (model.encoder_k, reference.encoder_k)):
+        wanted = theirs.state_dict()
+        for name, value in ours.state_dict().items():  # weights and running statistics
+            assert torch.allclose(value.double(), wanted[name].double(), atol=1e-4), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,6 +198,38 @@ def test_keys_of_shuffled_rows_come_back_in_order(variant, splits):
     assert torch.allclose(again.queue, by_hand.queue, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_chunks_of_shuffled_keys_by_hand(variant):
+    """Each half of the shuffled images meets batch norm alone; key order[j] is the one of shuffled row j."""
+    im_q, im_k, labels = batch(0)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
+    model = make(variant, splits=2)
+    halves = [copy.deepcopy(model.encoder_k)(half) for half in im_k[order].chunk(2)]
+    wanted = torch.empty(8, 8)
+    for j, key in enumerate(F.normalize(torch.cat(halves), dim=1)):
+        wanted[order[j]] = key
+    call(model, im_q, im_k[order], labels, order=order)
+    assert torch.allclose(model.queue[:, :8].T, wanted, atol=1e-5)
+    if model.labelled:
+        assert model.label_queue[:8].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_evaluation_mode(variant):
+    """Chunks and shuffles mean nothing where batch norm takes its running statistics, and leave them alone."""
+    im_q, im_k, labels = batch(0)
+    losses = []
+    for splits in (1, 2):
+        model = make(variant, splits).eval()
+        losses.append(call(model, im_q, im_k, labels))
+        for encoder in (model.encoder_q, model.encoder_k):
+            assert (encoder.bn1.running_mean == 0).all() and (encoder.bn1.running_var == 1).all()
+        keys = F.normalize(model.encoder_k(im_k), dim=1)
+        assert torch.allclose(model.queue[:, :8].T, keys, atol=1e-6)
+    if variant is not MoCoSupLoss:  # its chunks are separate contrast sets
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+
+
 def test_bn_splits_see_what_as_many_processes_would():
     images = batch(0)[0]
     model = make(MoCo, splits=2)
@@ -198,8 +250,13 @@ def test_suploss_contrasts_within_a_process():
     q, k = (F.normalize(torch.randn(8, 8), dim=1) for _ in range(2))
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     two, one = make(MoCoSupLoss, splits=2), make(MoCoSupLoss)
-    halves = [one.objective(q[half], labels[half], k[half], labels[half]) for half in (slice(4), slice(4, 8))]
+    two.watch = one.watch = True
+    halves, healths = [], []
+    for half in (slice(4), slice(4, 8)):
+        halves.append(one.objective(q[half], labels[half], k[half], labels[half]))
+        healths.append(one.health)
     assert two.objective(q, labels, k, labels).item() == pytest.approx((sum(halves) / 2).item(), rel=1e-6)
+    assert torch.allclose(two.health, sum(healths) / 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -237,6 +294,14 @@ def test_state_dict(variant):
     assert others == ({"label_queue"} if model.labelled else set())
     if model.labelled:
         assert state["label_queue"].shape == (32,) and state["label_queue"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_signature_of_the_constructor(variant):
+    model = variant(Tiny, 4, 6, 0.5, 0.3, True)
+    assert (tuple(model.queue.shape), model.m, model.T) == ((4, 6), 0.5, 0.3)
+    assert model.encoder_k.fc[2].out_features == 4
+    assert list(inspect.signature(MoCo).parameters)[:6] == ["base_encoder", "dim", "K", "m", "T", "mlp"]
 
 
 def test_defaults_of_the_constructor():

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
@@ -22,6 +25,10 @@ def test_cifar_stem():
     network.layer1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
     assert seen == [(2, 64, 32, 32)]
+    assert network.conv1.bias is None
+    # He et al.: variance 2 / (9 * 64). PyTorch's default would be 1 / (3 * 27).
+    assert network.conv1.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+    assert encoders.build("resnet50")(num_classes=9).eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 9)
 
 
 def test_imagenet_stem_is_torchvisions():
@@ -47,6 +54,67 @@ def test_resnet20():
     assert shortcut[:, 8:24].eq(1).all() and shortcut.sum() == 16 * 4
 
 
+def test_resnet20_is_the_network_of_the_paper():
+    """Its forward pass once more, in float64, from the weights alone."""
+    torch.manual_seed(0)
+    network = encoders.build("resnet20")(num_classes=10).double().eval()
+    for name, weight in network.state_dict().items():
+        if weight.ndim == 1 and weight.is_floating_point():
+            weight.copy_(torch.rand_like(weight) + 0.5 * name.endswith(("var", "weight")))
+    p = network.state_dict()
+
+    def conv_bn(x, conv, bn, stride=1):
+        x = F.conv2d(x, p[f"{conv}.weight"], stride=stride, padding=1)
+        mean, var, scale, shift = (
+            p[f"{bn}.{n}"][:, None, None] for n in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = conv_bn(images, "conv1", "bn1").clamp(min=0)
+    for stage, width in ((1, 16), (2, 32), (3, 64)):
+        for block in range(3):
+            at = f"layer{stage}.{block}"
+            stride = 2 if stage > 1 and block == 0 else 1
+            shortcut = torch.zeros(len(x), width, x.shape[2] // stride, x.shape[3] // stride, dtype=torch.float64)
+            first = (width - x.shape[1]) // 2
+            shortcut[:, first : first + x.shape[1]] = x[:, :, ::stride, ::stride]
+            inside = conv_bn(x, f"{at}.conv1", f"{at}.bn1", stride).clamp(min=0)
+            x = (conv_bn(inside, f"{at}.conv2", f"{at}.bn2") + shortcut).clamp(min=0)
+    wanted = x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
+    assert torch.allclose(network(images), wanted)
+
+
+def test_convolutions_of_resnet20_start_as_he_et_al_say():
+    network = encoders.build("resnet20")(num_classes=10)
+    for convolution in (m for m in network.modules() if isinstance(m, nn.Conv2d)):
+        wanted = (2 / (9 * convolution.out_channels)) ** 0.5
+        assert convolution.weight.std().item() == pytest.approx(wanted, rel=0.2)
+
+
+def test_apply_splits_the_batch_in_training_alone():
+    torch.manual_seed(0)
+    network = encoders.build("resnet20")(num_classes=5)
+    images = torch.randn(8, 3, 8, 8)
+    trained = copy.deepcopy(network)
+    chunks = torch.cat([copy.deepcopy(network)(chunk) for chunk in images.chunk(4)])
+    assert torch.allclose(encoders.apply(trained, images, 4), chunks, atol=1e-5)
+    # Evaluation sees one image like another, in one pass, and keeps its statistics.
+    trained.eval()
+    before, passes = copy.deepcopy(trained.state_dict()), []
+    trained.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    assert torch.equal(encoders.apply(trained, images, 4), trained(images))
+    assert passes == [8, 8]
+    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_apply_gives_float32_under_autocast(splits):
+    network = encoders.build("resnet20")(num_classes=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoders.apply(network, torch.randn(4, 3, 8, 8), splits).dtype == torch.float32
+
+
 def test_mlp_head():
     for arch, width in (("resnet20", 64), ("resnet18", 512), ("resnet50", 2048)):
         network = encoders.build(arch)(num_classes=128)
@@ -63,7 +131,13 @@ def test_mlp_head():
 
 @pytest.mark.parametrize("arch, why", [("resnet51", "unknown"), ("vgg16", "no ResNet"), ("densenet121", "no ResNet")])
 def test_other_architectures_are_refused(arch, why):
-    with pytest.raises(UsageError, match=why):
+    with pytest.raises(UsageError, match=why) as refusal:
         encoders.build(arch)
-    with pytest.raises(UsageError, match="stem"):
+    for word in (f"'{arch}'", "resnet20", "resnet50"):  # what was asked for, and what there is
+        assert word in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_other_stems_are_refused():
+    with pytest.raises(UsageError, match=r"stem 'mnist'.*cifar.*imagenet"):
         encoders.build("resnet18", "mnist")

@@ -75,14 +75,17 @@ def test_info_nce_is_cross_entropy_against_the_own_key():
 def test_large_logits(scale):
     logits, positives, contrast = case()
     logits = (logits / logits.abs().max() * scale).float().double()
-    for value, wanted, leaf in large_losses(logits, positives, contrast):
+    for value, wanted, leaf, exact in large_losses(logits, positives, contrast):
         assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
         value.backward()
+        wanted.backward()
         assert leaf.grad.isfinite().all()
+        # A ratio is the exponential of a difference of logits, each rounded to 2^-24 of `scale`.
+        assert torch.allclose(leaf.grad.double(), exact.grad, atol=scale * 2**-22)
 
 
 def large_losses(logits, positives, contrast):
-    def by_logarithms(mask, inside):
+    def by_logarithms(logits, mask, inside):
         denominator = logits.masked_fill(~mask, -math.inf).logsumexp(1, keepdim=True)
         log_ratio = logits - denominator
         chosen = positives & mask
@@ -92,10 +95,28 @@ def large_losses(logits, positives, contrast):
             rows = -(log_ratio * chosen).sum(1) / chosen.sum(1)
         return rows.mean()
 
-    ours = [logits.float().requires_grad_() for _ in range(3)]
-    yield in_loss(ours[0], positives), by_logarithms(everything, True), ours[0]
-    yield out_loss(ours[1], positives), by_logarithms(everything, False), ours[1]
-    yield out_loss(ours[2], positives, contrast), by_logarithms(contrast, False), ours[2]
+    ours, exact = zip(*(both(logits) for _ in range(3)), strict=True)
+    yield in_loss(ours[0], positives), by_logarithms(exact[0], everything, True), ours[0], exact[0]
+    yield out_loss(ours[1], positives), by_logarithms(exact[1], everything, False), ours[1], exact[1]
+    yield out_loss(ours[2], positives, contrast), by_logarithms(exact[2], contrast, False), ours[2], exact[2]
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_a_constant_added_to_all_logits_changes_nothing(shift):
+    logits, positives, contrast = case()
+    shifted = (logits + shift).float()
+    logits = shifted.double() - shift
+    for loss, masks in ((in_loss, [positives]), (out_loss, [positives]), (out_loss, [positives, contrast])):
+        assert loss(shifted, *masks).item() == pytest.approx(loss(logits, *masks).item(), abs=2e-3)
+
+
+def test_the_order_of_the_columns_does_not_matter():
+    logits, positives, contrast = case()
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(1))
+    masks = positives[:, order], contrast[:, order]
+    for loss, number in ((in_loss, 1), (out_loss, 1), (out_loss, 2)):
+        wanted = loss(logits, *(positives, contrast)[:number]).item()
+        assert loss(logits[:, order], *masks[:number]).item() == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,6 +127,11 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert loss(logits, positives).dtype == torch.float32
         assert loss(logits, positives) == loss(logits.float(), positives)
     assert out_loss(logits, positives, contrast) == out_loss(logits.float(), positives, contrast)
+    q, k, queue = logits[:, :8], logits[:, 8:16], logits[:, :11].T @ logits[:, :6]
+    q, k, queue = q[:, :6], k[:, :6], queue[:6]
+    assert info_nce(q, k, queue, 0.1).dtype == torch.float32
+    assert info_nce(q, k, queue, 0.1) == info_nce(q.float(), k.float(), queue.float(), 0.1)
+    assert torch.equal(contrast_health(logits, positives, 0.1), contrast_health(logits.float(), positives, 0.1))
 
 
 @pytest.mark.parametrize("loss", [in_loss, out_loss])
@@ -115,6 +141,10 @@ def test_rows_without_a_positive_do_not_count(loss):
     rest = [0, 1, 3, 4, 5]
     assert loss(logits, positives).item() == pytest.approx(loss(logits[rest], positives[rest]).item(), rel=1e-6)
     logits.requires_grad_()
+    loss(logits, positives).backward()
+    assert logits.grad[rest].isfinite().all() and (logits.grad[rest] != 0).any(1).all()
+    assert (logits.grad[2] == 0).all()
+    logits.grad = None
     nothing = loss(logits, torch.zeros_like(positives))
     assert nothing == 0
     nothing.backward()
@@ -127,7 +157,7 @@ def test_a_positive_outside_the_contrast_set_does_not_count():
     logits.requires_grad_()
     out_loss(logits, positives, contrast).backward()
     assert (logits.grad[~contrast] == 0).all()
-    assert not out_loss(logits, positives, torch.zeros_like(contrast)).isnan()
+    assert out_loss(logits, positives, torch.zeros_like(contrast)) == 0
 
 
 def test_in_is_at_most_out_and_equal_for_one_positive():
@@ -139,10 +169,24 @@ def test_in_is_at_most_out_and_equal_for_one_positive():
     assert in_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
     assert out_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
     assert in_loss(logits, everything).item() == pytest.approx(math.log(17), rel=1e-6)
+    mean = (logits.logsumexp(1) - logits.mean(1)).mean().item()
+    assert out_loss(logits, everything).item() == pytest.approx(mean, rel=1e-6)
+    # InfoNCE is either of them, with the query's own key for the one positive.
+    q, k, queue = logits[:, :4].float(), logits[:, 4:8].float(), logits[:4].float()
+    s = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / 0.5
+    own = torch.zeros(6, 18, dtype=torch.bool)
+    own[:, 0] = True
+    for loss in (in_loss, out_loss):
+        assert loss(s, own).item() == pytest.approx(info_nce(q, k, queue, 0.5).item(), rel=1e-6)
 
 
-def test_health_by_counting():
-    logits, positives, contrast = case()
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("whole", [True, False])
+def test_health_by_counting(seed, whole):
+    logits, positives, contrast = case(seed=seed)
+    logits[~contrast] += 100  # what is most similar may lie outside A(i)
+    if whole:
+        contrast = everything
     right, positive, negative, number = 0, [], [], 0
     for i in range(6):
         members = [a for a in range(17) if contrast[i, a]]
@@ -151,4 +195,12 @@ def test_health_by_counting():
         negative += [logits[i, a].item() * 0.2 for a in members if not positives[i, a]]
         number += sum(bool(positives[i, a]) for a in members)
     wanted = [right / 6, sum(positive) / len(positive), sum(negative) / len(negative), number / 6]
-    assert contrast_health(logits, positives, 0.2, contrast).tolist() == pytest.approx(wanted, rel=1e-4)
+    health = contrast_health(logits.requires_grad_(), positives, 0.2, None if whole else contrast)
+    assert health.tolist() == pytest.approx(wanted, rel=1e-4)
+    assert health.dtype == torch.float32 and not health.requires_grad
+
+
+def test_health_without_positives_or_negatives_is_finite():
+    logits, _, _ = case()
+    for positives in (everything, ~everything):
+        assert contrast_health(logits, positives, 0.2).isfinite().all()

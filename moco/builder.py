@@ -234,7 +234,7 @@ class SupContrast(nn.Module):
 
     @staticmethod
     def recipe(args):
-        return augment.SUPCON
+        return augment.AUG_PLUS if args.aug_plus else augment.SUPCON
 
     def forward(self, im_1, im_2, labels):
         """
@@ -290,7 +290,7 @@ class CrossEntropy(nn.Module):
 
     @staticmethod
     def recipe(args):
-        return augment.CROSS_ENTROPY
+        return augment.AUG_PLUS if args.aug_plus else augment.CROSS_ENTROPY
 
     def forward(self, images, labels):
         """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""

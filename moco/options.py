@@ -70,6 +70,11 @@ def pretrain_parser(description):
     parser.add_argument(
         "--warm-up", type=count, default=5, metavar="N", help="epochs from lr 0 to lr (default: %(default)s)"
     )
+    parser.add_argument(
+        "--aug-plus",
+        action="store_true",
+        help="MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)",
+    )
     more = parser.add_argument_group("beyond the reference")
     more.add_argument(
         "--save-freq",
@@ -104,7 +109,6 @@ def pretrain_parser(description):
 def moco_options(parser):
     """Options of the scripts with a queue."""
     moco = parser.add_argument_group("momentum contrast")
-    moco.add_argument("--aug-plus", action="store_true", help="MoCo v2's views: colour jitter with p 0.8, and blur")
     moco.add_argument(
         "--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)"
     )

@@ -1,7 +1,8 @@
 """Measures the speed of views, step and loop, each against a baseline in the same run.
 
     python scripts/bench.py --quick            # views, loop against bare encoders, loop against every speed-up off
-    python scripts/bench.py --out bench.json   # and how a step grows with the batch, the queue and the processes
+    python scripts/bench.py --out bench.json   # and how a step grows with the batch, the queue and the processes, and
+                                               # what 2,000 steps add to memory and open files
 
 Images are random pixels: no data set is needed. On a GPU the baselines are ResNet-50 at batch 256 in bfloat16, on a
 CPU ResNet-18 at batch 128 (loop against bare encoders) and resnet20 at batch 256 (loop against speed-ups off).
@@ -30,6 +31,8 @@ from reproduce import commit, describe_hardware, versions
 from moco import augment, builder, data, distributed, encoders, options, pretrain
 
 IMAGES, CLASSES = 4096, 10
+# As in the README's commands, but for one epoch that is as long as the measurement.
+LOOP = "--lr 0.03 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --warm-up 0 --epochs 1 --seed 0"
 
 
 def main():
@@ -77,6 +80,7 @@ def main():
     show("peak_memory_bytes", memory, "peak memory, GiB", memory / 2**30)
     if not words.quick:
         bench_growth(show, words, gpu, fast)
+        bench_long_run(show, gpu)
     if words.out:
         words.out.parent.mkdir(parents=True, exist_ok=True)
         words.out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -188,6 +192,27 @@ def bench_growth(show, words, gpu, fast):
         show(f"images_per_second_processes_{processes}", speed, f"  batch 256, {processes} process(es), images/s")
 
 
+def bench_long_run(show, gpu, steps=2000):
+    """What the last three quarters of many small steps add to the memory and the open files of the process."""
+    if not Path("/proc/self/statm").is_file():
+        return
+    seen = []
+
+    def look(step):
+        if step in (steps // 4, steps):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            on_gpu = torch.cuda.memory_allocated() if gpu else 0
+            seen.append((resident, on_gpu, len(os.listdir("/proc/self/fd"))))
+
+    loop("-a", "resnet20", "-b", "16", "--steps", str(steps), at_step=look)
+    memory, on_gpu, files = (after - before for before, after in zip(*seen, strict=True))
+    title = f"from step {steps // 4} to {steps} of one epoch"
+    show("memory_growth_bytes", memory, f"{title}: memory, MiB", memory / 2**20)
+    if gpu:
+        show("gpu_memory_growth_bytes", on_gpu, f"{title}: memory of the GPU, MiB", on_gpu / 2**20)
+    show("open_files_growth", files, f"{title}: open files")
+
+
 class Plain(builder.MoCoOut):
     """Every speed-up off: float32 without TF32, channels first, images gathered for the shuffle."""
 
@@ -206,31 +231,19 @@ class Plain(builder.MoCoOut):
         return super().forward(im_q.contiguous(), im_k.contiguous(), labels)
 
 
-def loop(*words, profiler=None):
-    """images/s of the training loop that main_moco_out.py runs, without its first steps; and the log's last row."""
+def loop(*words, at_step=None):
+    """The training loop that main_moco_out.py runs.
+
+    `at_step(i)`: called before measured step i, and after the last one.
+
+    Returns:
+        images/s without its first steps, and when each step began.
+    """
     parser = options.pretrain_parser("")
     builder.MoCoOut.add_options(parser)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plain", action="store_true")
-    # As in the README's commands, but for one epoch that is as long as the measurement.
-    common = [
-        "--lr",
-        "0.03",
-        "--moco-k",
-        "4096",
-        "--mlp",
-        "--moco-t",
-        "0.2",
-        "--aug-plus",
-        "--cos",
-        "--warm-up",
-        "0",
-        "--epochs",
-        "1",
-        "--seed",
-        "0",
-    ]
-    args = parser.parse_args(["x", *common, *(word for word in words if word != "x")])
+    args = parser.parse_args(["x", *LOOP.split(), *(word for word in words if word != "x")])
     skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
     wanted = (args.steps + skipped) * args.batch_size
     split = synthetic()
@@ -248,17 +261,17 @@ def loop(*words, profiler=None):
     def learning_rate(epoch, args):  # the loop asks for it at each of its steps
         if len(clock) == skipped and torch.cuda.is_available():
             torch.cuda.synchronize()
-        if profiler and len(clock) == skipped:
-            profiler.start()
+        if at_step:
+            at_step(len(clock) - skipped)
         clock.append(time.perf_counter())
         return rate(epoch, args)
 
     def save(*rest):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        if at_step:
+            at_step(len(clock) - skipped)
         clock.append(time.perf_counter())
-        if profiler:
-            profiler.stop()
 
     rate, kept = pretrain.learning_rate, (data.load, pretrain.save, data.resolve)
     data.load, pretrain.save, pretrain.learning_rate, data.resolve = load, save, learning_rate, lambda args: "cifar10"
@@ -309,7 +322,15 @@ def trace(words, fast):
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
     profiler = torch.profiler.profile(activities=activities)
     arch, batch = words.arch or ("resnet50" if gpu else "resnet18"), words.batch_size or (256 if gpu else 128)
-    loop(*fast, "-a", arch, "-b", str(batch), "--steps", "5", profiler=profiler)
+    steps = 5
+
+    def switch(step):
+        if step == 0:
+            profiler.start()
+        elif step == steps:
+            profiler.stop()
+
+    loop(*fast, "-a", arch, "-b", str(batch), "--steps", str(steps), at_step=switch)
     profiler.export_chrome_trace(str(words.profile))
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))

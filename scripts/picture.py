@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco import checkpoint, data, distributed, encoders, evaluate, logs, options
 from moco.errors import RunError, UsageError
 
-MOST_POINTS = 2000
-
 
 def main():
     parser = options.Parser(description=__doc__.partition("\n")[0])
@@ -55,8 +53,8 @@ def curve(axes, log, column, **labels):
     axes.set(**{"ylabel": column, **labels})
 
 
-def embedding(run, folder=None):
-    """t-SNE of the frozen encoder's validation features.
+def embedding(run, folder=None, most=2000):
+    """t-SNE of the frozen encoder's features of the validation images, or of `most` of them.
 
     Returns:
         points (N, 2), labels (N,), the classes' names.
@@ -74,19 +72,19 @@ def embedding(run, folder=None):
     weights = {n.removeprefix(prefix): v for n, v in saved["state_dict"].items() if n.startswith(prefix)}
     checkpoint.load_state(encoder, {n: v for n, v in weights.items() if not n.startswith("fc.")}, path)
     features, labels = evaluate.extract(evaluate.frozen(encoder.to(device)), split, args, device)
-    if len(features) > MOST_POINTS:
-        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:MOST_POINTS].to(device)
+    if len(features) > most:
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
         features, labels = features[chosen], labels[chosen]
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
     return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), split.classes
 
 
-def scatter(axes, points, labels, classes):
+def scatter(axes, points, labels, classes, legend=True):
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=6, color=colours(label), label=name if len(classes) <= 20 else None)
     axes.set(xticks=[], yticks=[])
-    if len(classes) <= 20:
+    if legend and len(classes) <= 20:
         axes.legend(markerscale=2, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

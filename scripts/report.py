@@ -1,23 +1,31 @@
-"""Rewrites the README's tables between their markers, from the files in results/ alone.
+"""Rewrites the README's tables between their markers, from the files in results/ alone, and draws curves.png and
+embeddings.png there: the methods side by side, wherever several of them did the same work.
 
 python scripts/report.py            # rewrite
 python scripts/report.py --check    # exit with status 1 if the README does not agree with results/
 """
 
 import json
+import math
 import statistics
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from picture import scatter
 from reproduce import ROOT, ROWS
 
 from moco import distributed, options
 from moco.errors import RunError, UsageError
 
-NUMBERS = ("epochs", "top1", "top5", "best_top1", "pretrain_seconds", "linear_seconds", "images", "seed")
 FIGURES = {
     "views_ratio": "batched views against the PIL chain",
     "loop_over_bare": "whole loop against the bare encoders",
@@ -35,12 +43,13 @@ def main():
     try:
         runs, benches = read(words.results)
         old = words.readme.read_text()
-        new = between(old, "table", table(runs))
+        new = between(old, "table", table(runs) + pictures(runs))
         new = between(new, "speed", speed(benches))
         if words.check and new != old:
             raise RunError(f"'{words.readme}' does not agree with '{words.results}': run make report")
-        if new != old:
+        if not words.check:
             words.readme.write_text(new)
+            draw(runs, words.results)
     except (UsageError, RunError) as error:
         distributed.complain(error)
 
@@ -53,20 +62,55 @@ def read(folder):
             content = json.loads(path.read_text())
         except ValueError as error:
             raise RunError(f"'{path}' is no JSON (an interrupted run?): {error}") from None
-        if isinstance(content, dict) and "views_ratio" in content:
-            benches.append(content)
-            continue
-        names = {row.name for row in ROWS.values()}
-        if not isinstance(content, dict) or content.get("row") not in names:
-            raise RunError(f"'{path}' is not a run's file: its row is none of the table's")
-        wrong = [n for n in NUMBERS if isinstance(content.get(n), bool) or not isinstance(content.get(n), int | float)]
-        wrong += [n for n in ("top1", "top5", "best_top1") if n not in wrong and not 0 <= content[n] <= 100]
-        if wrong or not isinstance(content.get("curve"), list) or len(content["curve"]) != content["epochs"]:
-            raise RunError(
-                f"'{path}' is not a whole run's file: {wrong[0] if wrong else 'its curve'} is missing or wrong"
-            )
-        runs.append(content)
+        bench = isinstance(content, dict) and "views_ratio" in content
+        if part := flaw(content, bench):
+            kind = "benchmark" if bench else "run"
+            raise RunError(f"'{path}' is not the file of a whole {kind}: its {part} is missing or wrong")
+        (benches if bench else runs).append(content)
     return runs, benches
+
+
+def flaw(content, bench):
+    """The first part of a file's content that is missing or wrong, or None."""
+    if not isinstance(content, dict):
+        return "row"
+
+    def number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def text(value):
+        return isinstance(value, str)
+
+    def percent(value):
+        return number(value) and 0 <= value <= 100
+
+    def hardware(value):
+        return isinstance(value, dict) and text(value.get("device")) and number(value.get("cores"))
+
+    def row(value):
+        return value in [row.name for row in ROWS.values()]
+
+    def commands(value):
+        return isinstance(value, list) and value and all(text(line) for line in value)
+
+    def curve(value):
+        entries = value if isinstance(value, list) and len(value) == content["epochs"] else [None]
+        return all(isinstance(e, dict) and number(e.get("loss")) and number(e.get("seconds")) for e in entries)
+
+    def embedding(value):
+        points = [value.get(name) for name in ("x", "y", "label")] if isinstance(value, dict) else [None]
+        lists = all(isinstance(p, list) and all(number(v) for v in p) for p in points)
+        return lists and len({len(p) for p in points}) == 1 and isinstance(value.get("classes"), list)
+
+    wanted = dict(row=row, commands=commands, arch=text, dataset=text, top1=percent, top5=percent, hardware=hardware)
+    wanted |= dict.fromkeys(["epochs", "images", "seed", "pretrain_seconds", "linear_seconds"], number)
+    wanted |= dict(curve=curve)
+    for name in ("knn", "embedding"):  # what not every run has
+        if content.get(name) is not None:
+            wanted[name] = percent if name == "knn" else embedding
+    if bench:
+        wanted = dict.fromkeys(FIGURES, number) | dict(hardware=hardware, measured=text, command=text)
+    return next((name for name, right in wanted.items() if not right(content.get(name))), None)
 
 
 def between(text, name, content):
@@ -97,7 +141,7 @@ def table(runs):
             key = (run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"]))
             groups.setdefault(key, []).append(run)
         for (dataset, arch, epochs, manner, _), mine in sorted(groups.items()):
-            knn = spread([r["knn"] for r in mine if r["knn"] is not None], 1)
+            knn = spread([r["knn"] for r in mine if r.get("knn") is not None], 1)
             cells = [mine[0]["row"], dataset, arch, epochs, manner, knn, *ours(mine)]
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -133,6 +177,63 @@ def spread(values, digits):
         return ""
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
+
+
+def comparisons(runs):
+    """The first run of each method, by (data set, network, epochs, manner), wherever there are several methods."""
+    groups = {}
+    for run in sorted(runs, key=lambda run: (order(run["row"]), run["seed"])):
+        title = f"{run['dataset']}, {run['arch']}, {run['epochs']} epochs, {how(run)}"
+        groups.setdefault(title, {}).setdefault(run["row"], run)
+    return {title: methods for title, methods in sorted(groups.items()) if len(methods) > 1}
+
+
+def pictures(runs):
+    if not comparisons(runs):
+        return ""
+    return (
+        "\n![Loss and kNN accuracy of all methods](results/curves.png)\n"
+        "\n![Validation images of all methods, embedded](results/embeddings.png)\n"
+    )
+
+
+def draw(runs, folder):
+    """curves.png, a row of panels for each comparison, and embeddings.png, a panel for each of its methods."""
+    groups = comparisons(runs)
+    if not groups:
+        return
+    figure, axes = plt.subplots(len(groups), 4, figsize=(18, 4 * len(groups)), layout="constrained", squeeze=False)
+    for (title, methods), row in zip(groups.items(), axes, strict=True):
+        for panel, (what, time) in zip(row, product(("loss", "knn"), ("epoch", "minute")), strict=True):
+            for name, run in methods.items():
+                seconds = accumulate(entry["seconds"] for entry in run["curve"])
+                times = [s / 60 if time == "minute" else i + 1 for i, s in enumerate(seconds)]
+                values = [math.nan if entry.get(what) is None else entry[what] for entry in run["curve"]]
+                measured = np.isfinite(values)  # kNN is not, in every epoch
+                panel.plot(np.array(times)[measured], np.array(values)[measured], label=name)
+            panel.set(xlabel=f"{time}s", ylabel={"loss": "loss", "knn": "kNN, top-1 in %"}[what])
+        row[0].set_title(title, loc="left")
+        row[-1].legend(fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=80)
+    plt.close(figure)
+
+    widest = max(len(methods) for methods in groups.values())
+    size = 3.3 * widest, 3.7 * len(groups)
+    figure, axes = plt.subplots(len(groups), widest, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat:
+        panel.axis("off")
+    for (title, methods), row in zip(groups.items(), axes, strict=True):
+        for panel, (name, run) in zip(row, methods.items(), strict=False):
+            points = run.get("embedding")
+            if points is None:
+                continue
+            panel.axis("on")
+            xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
+            scatter(panel, xy, labels, points["classes"], legend=run is list(methods.values())[-1])
+            panel.set_title(f"{name}: {run['top1']:.1f}%", fontsize=9)
+        row[0].set_ylabel(title)
+    figure.savefig(folder / "embeddings.png", dpi=80)
+    plt.close(figure)
 
 
 def speed(benches):

@@ -26,6 +26,8 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from picture import embedding  # noqa: E402
+
 from moco import checkpoint, distributed, logs, options  # noqa: E402
 from moco.errors import RunError, UsageError  # noqa: E402
 
@@ -163,6 +165,7 @@ def reproduce(key, args, seed):
     linear = [numbers(row) for row in logs.read(folder / "linear.csv")]
     scores = linear or [row for row in curve if row.get("top1") is not None]
     best = max(scores, key=lambda row: row["top1"])
+    points, labels, classes = embedding(folder, args.data, most=1000)
     result = {
         "row": ROWS[key].name,
         "commands": [shlex.join(command) for command in commands(key, args, seed, folder)],
@@ -183,6 +186,12 @@ def reproduce(key, args, seed):
         "best_top5": best["top5"],
         "knn": next((row["knn"] for row in reversed(curve) if row.get("knn") is not None), None),
         "curve": curve,
+        "embedding": {
+            "x": [round(float(x), 1) for x in points[:, 0]],
+            "y": [round(float(y), 1) for y in points[:, 1]],
+            "label": labels.tolist(),
+            "classes": classes,
+        },
         "measured": time.strftime("%Y-%m-%d"),
     }
     args.results.mkdir(parents=True, exist_ok=True)
@@ -242,8 +251,10 @@ def read_json(path):
 
 
 def write_json(path, content):
+    """A line for each of the dict's values, however long it is."""
     beside = Path(f"{path}.tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+    beside.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
     os.replace(beside, path)
 
 

@@ -71,11 +71,62 @@ def test_the_tables_are_what_results_say(run):
     assert run("scripts/report.py", "--check").status == 0
 
 
+def on_file(row, **changes):
+    """What results/ holds of a run of two epochs."""
+    curve = [dict(epoch=e, loss=5.0 - e, lr=0.1, seconds=60.0, knn=40.0 if e else None) for e in range(2)]
+    points = dict(x=[0.5, 1.5], y=[2.0, 3.0], label=[0, 1], classes=["cat", "dog"])
+    numbers = dict(seed=0, images=50_000, epochs=2, pretrain_seconds=120.0, linear_seconds=30.0)
+    scores = dict(top1=61.4, top5=95.0, best_top1=62.0, best_top5=96.0, knn=40.0)
+    where = dict(hardware=dict(name="cpu2", device="Some CPU", cores=2), arch="resnet20", dataset="cifar10")
+    work = dict(commands=["python main_moco.py data/"], curve=curve, embedding=points)
+    return {"row": row, **numbers, **scores, **where, **work, **changes}
+
+
 def test_nonsense_in_results_is_named(run, tmp_path):
-    for content in ("{", "[]", json.dumps({"row": "MoCo v3"}), json.dumps({"row": "MoCo v2", "top1": 101})):
+    good = on_file("MoCo v2")
+    cases = [("{", "no JSON"), ("[]", "its row"), (json.dumps(good)[:-5], "no JSON")]
+    cases += [
+        (json.dumps({**good, name: value}), f"its {name} is missing or wrong")
+        for name, value in [
+            ("row", "MoCo v3"),
+            ("row", ["MoCo v2"]),
+            ("top1", 101),
+            ("top1", "61.4"),
+            ("top5", float("nan")),
+            ("seed", None),
+            ("commands", []),
+            ("hardware", "Some CPU"),
+            ("curve", good["curve"][:1]),
+            ("curve", [{"epoch": 0}, {"epoch": 1}]),
+            ("knn", -1),
+            ("embedding", {"x": [1]}),
+            ("embedding", {**good["embedding"], "y": [1]}),
+        ]
+    ]
+    cases += [(json.dumps({**good, "epochs": 3}), "its curve"), (json.dumps({"views_ratio": 5}), "benchmark")]
+    for content, says in cases:
         (tmp_path / "bad.json").write_text(content)
         done = run("scripts/report.py", "--check --results", tmp_path)
-        assert done.status == 1 and "bad.json" in done.err and len(done.err.splitlines()) == 1
+        assert done.status == 1 and "bad.json" in done.err and len(done.err.splitlines()) == 1, done.err
+        assert says in done.err, done.err
+
+
+def test_a_report_of_two_methods(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    words = ["--results", tmp_path, "--readme", readme]
+    for name, seed in (("MoCo v2", 0), ("MoCo v2", 1), ("SupContrast", 0)):
+        content = on_file(name, seed=seed, top1=61.4 + seed)
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(content))
+    done = run("scripts/report.py", *words, "--check")
+    assert done.status == 1 and "make report" in done.err
+    done = run("scripts/report.py", *words)
+    assert done.status == 0, done.err
+    text = readme.read_text()
+    assert "| MoCo v2 | cifar10 | resnet20 | 2 |" in text and "61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)" in text
+    for name in ("curves", "embeddings"):
+        assert f"results/{name}.png" in text and (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert run("scripts/report.py", *words, "--check").status == 0
 
 
 def test_rows_and_recipes(run):

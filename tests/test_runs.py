@@ -90,7 +90,7 @@ def test_linear_evaluation_resumes(run, tmp_path):
 
 @pytest.mark.parametrize("script", ["main_supcon.py", "main_ce.py"])
 def test_the_rows_without_a_queue(script, run, tmp_path):
-    done = run(script, TINY, "--epochs 2 --warm-up 1 --knn-freq 1 --output-dir", tmp_path)
+    done = run(script, TINY, "--aug-plus --epochs 2 --warm-up 1 --knn-freq 1 --output-dir", tmp_path)
     assert done.status == 0, done.err
     log = rows(tmp_path / "log.csv")
     assert 0 < float(log[1]["knn"]) <= 100

@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -118,16 +119,13 @@ def bench_views(show, gpu, rounds):
 
     times = 100 if gpu else 4
 
-    def in_batches(times=times):
+    def in_batches():
         for _ in range(times):
             for drawn in parameters:
                 views(on_device, drawn, recipe.draw_order(rng))
-        if gpu:
-            torch.cuda.synchronize()
 
-    for _ in range(30 if gpu else 1):  # every operation is compiled
-        in_batches(1)
-    pairs = [(256 / seconds(by_pillow), 256 * times / seconds(in_batches)) for _ in range(rounds)]
+    in_batches()  # every operation is compiled
+    pairs = [(256 / seconds(by_pillow), 256 * times / seconds(in_batches, gpu)) for _ in range(rounds)]
     torch.set_num_threads(threads)
     pillow, batched = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     cores = data.cores() if gpu else 1
@@ -137,29 +135,40 @@ def bench_views(show, gpu, rounds):
     show("views_ratio", ratio, f"  ratio to {cores} core{'s' * (cores > 1)} of PIL views")
 
 
-def seconds(work):
+def seconds(work, gpu=False):
+    if gpu:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     work()
+    if gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def bench_loop(show, words, gpu, fast):
+    """The whole loop against the bare encoders: by turns, a few steps of one and a few of the other."""
     arch, batch = words.arch or ("resnet50" if gpu else "resnet18"), words.batch_size or (256 if gpu else 128)
-    steps = 60 if gpu else 4
-    case = [*fast, "-a", arch, "-b", str(batch)]
-    pairs = [(bare(arch, batch, gpu, steps), loop(*case, "--steps", str(steps))[0]) for _ in range(words.rounds)]
-    show(
-        "bare_images_per_second",
-        statistics.median(p[0] for p in pairs),
-        f"bare encoders, {arch}, batch {batch}, images/s",
-    )
-    show("images_per_second", statistics.median(p[1] for p in pairs), "whole loop of main_moco_out.py, images/s")
-    show("loop_over_bare", statistics.median(p[1] / p[0] for p in pairs), "  ratio")
+    turn = 20 if gpu else 1  # steps
+    turns = 5 * words.rounds if gpu else words.rounds + 1
+    step, bare_times = bare(arch, batch, gpu), []
+
+    def between(i):
+        bare_times.append(seconds(lambda: [step() for _ in range(turn)], gpu))
+
+    case = [*fast, "-a", arch, "-b", str(batch), "--steps", str(turn * turns)]
+    _, clock = loop(*case, at_step=between, every=turn)
+    loop_times = [after - before for before, after in pairwise(clock[::turn])]
+    bare_times = [(before + after) / 2 for before, after in pairwise(bare_times)]
+    speeds = [turn * batch / statistics.median(times) for times in (bare_times, loop_times)]
+    show("bare_images_per_second", speeds[0], f"bare encoders, {arch}, batch {batch}, images/s")
+    show("images_per_second", speeds[1], "whole loop of main_moco_out.py, images/s")
+    ratio = statistics.median(mine / whole for mine, whole in zip(bare_times, loop_times, strict=True))
+    show("loop_over_bare", ratio, "  ratio")
 
 
 def bench_plain(show, words, gpu, fast):
     arch, batch = words.arch or ("resnet50" if gpu else "resnet20"), words.batch_size or 256
-    case = ["-a", arch, "-b", str(batch), "--steps", "30" if gpu else "8"]
+    case = ["-a", arch, "-b", str(batch), "--steps", "30" if gpu else "5"]
     pairs = [(loop(*case, *fast)[0], loop(*case, "--plain")[0]) for _ in range(words.rounds)]
     show(
         "plain_images_per_second",
@@ -199,13 +208,11 @@ def bench_long_run(show, gpu, steps=2000):
     seen = []
 
     def look(step):
-        if step in (steps // 4, steps):
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            on_gpu = torch.cuda.memory_allocated() if gpu else 0
-            seen.append((resident, on_gpu, len(os.listdir("/proc/self/fd"))))
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        seen.append((resident, torch.cuda.memory_allocated() if gpu else 0, len(os.listdir("/proc/self/fd"))))
 
-    loop("-a", "resnet20", "-b", "16", "--steps", str(steps), at_step=look)
-    memory, on_gpu, files = (after - before for before, after in zip(*seen, strict=True))
+    loop("-a", "resnet20", "-b", "16", "--steps", str(steps), at_step=look, every=steps // 4)
+    memory, on_gpu, files = (after - before for before, after in zip(seen[1], seen[-1], strict=True))
     title = f"from step {steps // 4} to {steps} of one epoch"
     show("memory_growth_bytes", memory, f"{title}: memory, MiB", memory / 2**20)
     if gpu:
@@ -231,13 +238,13 @@ class Plain(builder.MoCoOut):
         return super().forward(im_q.contiguous(), im_k.contiguous(), labels)
 
 
-def loop(*words, at_step=None):
+def loop(*words, at_step=None, every=1):
     """The training loop that main_moco_out.py runs.
 
-    `at_step(i)`: called before measured step i, and after the last one.
+    `at_step(i)`: called before every `every`-th measured step, and after the last one; the clock stands still meanwhile.
 
     Returns:
-        images/s without its first steps, and when each step began.
+        images/s without its first steps; and in seconds when each measured step began, and when the last one ended.
     """
     parser = options.pretrain_parser("")
     builder.MoCoOut.add_options(parser)
@@ -252,26 +259,27 @@ def loop(*words, at_step=None):
     if args.plain:
         args.views, args.precision, args.compile, args.print_freq, args.workers = "pil", "fp32", False, 1, data.cores()
 
-    clock = []
+    clock, paused = [], 0.0
 
     def load(args, train, device):
         images = split.images if args.views == "pil" else split.images.to(device)
         return data.Split(split.labels, split.classes, images)
 
-    def learning_rate(epoch, args):  # the loop asks for it at each of its steps
-        if len(clock) == skipped and torch.cuda.is_available():
+    def tick():
+        nonlocal paused
+        step = len(clock) - skipped
+        if at_step and step >= 0 and step % every == 0:
+            paused += seconds(lambda: at_step(step), torch.cuda.is_available())
+        elif step in (0, args.steps) and torch.cuda.is_available():
             torch.cuda.synchronize()
-        if at_step:
-            at_step(len(clock) - skipped)
-        clock.append(time.perf_counter())
+        clock.append(time.perf_counter() - paused)
+
+    def learning_rate(epoch, args):  # the loop asks for it at each of its steps
+        tick()
         return rate(epoch, args)
 
     def save(*rest):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if at_step:
-            at_step(len(clock) - skipped)
-        clock.append(time.perf_counter())
+        tick()
 
     rate, kept = pretrain.learning_rate, (data.load, pretrain.save, data.resolve)
     data.load, pretrain.save, pretrain.learning_rate, data.resolve = load, save, learning_rate, lambda args: "cifar10"
@@ -281,11 +289,12 @@ def loop(*words, at_step=None):
             distributed.launch(partial(pretrain.train, Plain if args.plain else builder.MoCoOut), args)
     finally:
         pretrain.learning_rate, (data.load, pretrain.save, data.resolve) = rate, kept
-    return args.steps * args.batch_size / (clock[-1] - clock[skipped]), clock
+    clock = clock[skipped:]
+    return args.steps * args.batch_size / (clock[-1] - clock[0]), clock
 
 
-def bare(arch, batch, gpu, steps):
-    """images/s of what no implementation can do without: query forward and backward, key forward, SGD."""
+def bare(arch, batch, gpu):
+    """A step of what no implementation can do without: query forward and backward, key forward, SGD."""
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(device, memory_format=torch.channels_last).train()
@@ -307,14 +316,7 @@ def bare(arch, batch, gpu, steps):
 
     for _ in range(10 if gpu else 1):
         step()
-    if gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if gpu:
-        torch.cuda.synchronize()
-    return steps * batch / (time.perf_counter() - start)
+    return step
 
 
 def trace(words, fast):
@@ -325,12 +327,9 @@ def trace(words, fast):
     steps = 5
 
     def switch(step):
-        if step == 0:
-            profiler.start()
-        elif step == steps:
-            profiler.stop()
+        profiler.start() if step == 0 else profiler.stop()
 
-    loop(*fast, "-a", arch, "-b", str(batch), "--steps", str(steps), at_step=switch)
+    loop(*fast, "-a", arch, "-b", str(batch), "--steps", str(steps), at_step=switch, every=steps)
     profiler.export_chrome_trace(str(words.profile))
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))

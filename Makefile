@@ -13,7 +13,7 @@ PRETRAIN = -a resnet20 --image-size 16 -b 128 --moco-k 1024 --mlp --moco-t 0.2 -
 demo: .venv/installed
 	@rm -rf demo
 	$(BIN)/python main_moco_out.py $(DIGITS) $(PRETRAIN) --output-dir demo
-	$(BIN)/python main_lincls.py $(DIGITS) --lr 1 --epochs 30 --schedule 18 24 \
+	$(BIN)/python main_lincls.py $(DIGITS) --lr 0.1 --epochs 30 --schedule 18 24 \
 	  --pretrained demo/checkpoint_last.pth.tar --output-dir demo
 	@$(BIN)/python scripts/picture.py demo > /dev/null
 	@echo

@@ -41,7 +41,10 @@ def evaluate(device, args):
     if args.resume and not (isinstance(saved.get("best"), dict) and "optimizer" in saved):
         raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
     weights = encoder_weights(saved["state_dict"], source)
-    take_options(args, saved, weights, source)
+    if args.resume and args.pretrained:
+        check_source(weights, encoder_weights(checkpoint.load(args.pretrained)["state_dict"], args.pretrained), args)
+    theirs = saved.get("options") if isinstance(saved.get("options"), dict) else {}
+    take_options(args, saved, theirs, weights, source)
     options.settle(args, device)
 
     validation = data.load(args, False, device)
@@ -57,6 +60,10 @@ def evaluate(device, args):
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
         return
 
+    if trained:
+        args.seed = theirs.get("seed") if args.seed is None else args.seed
+        for line in checkpoint.compare_options(theirs, args, source):
+            say(f"note: {line}")
     args.seed = options.shared_seed(args.seed, device)
     split = data.load(args, True, device)
     args.compile = bool(args.compile)
@@ -76,6 +83,8 @@ def evaluate(device, args):
             first_epoch, best = int(saved["epoch"]), saved["best"]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"checkpoint '{source}' cannot be resumed: {error}") from None
+        for group in optimizer.param_groups:
+            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
         say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
         backbone.compile()
@@ -109,13 +118,14 @@ def evaluate(device, args):
         loss = distributed.all_sum(losses).mean().item()
         if loss != loss or loss == float("inf"):
             raise RunError(f"the loss of epoch {epoch} is not finite: try a lower --lr than {args.lr:g}")
+        images_per_second = progress.images_per_second  # of training; an epoch's seconds have the validation in them
         top1, top5 = validate(backbone, classifier, validation, args, device)
         if best is None or top1 > best["top1"]:
             best = dict(top1=top1, top5=top5, epoch=epoch)
         say(
             f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} (epoch {best['epoch']})"
         )
-        speed = dict(images_per_second=progress.images_per_second, seconds=progress.seconds)
+        speed = dict(images_per_second=images_per_second, seconds=progress.seconds)
         log.add(epoch, loss=loss, lr=lr, top1=top1, top5=top5, **speed)
         check_unchanged(encoder, before)
         if distributed.rank() == 0:
@@ -140,9 +150,18 @@ def encoder_weights(state_dict, path):
     return weights
 
 
-def take_options(args, saved, weights, path):
+def check_source(weights, pretrained, args):
+    """A classifier goes on with the encoder that it was begun with, and no other."""
+    for name, value in weights.items():
+        if not name.startswith("fc.") and not (name in pretrained and torch.equal(value, pretrained[name])):
+            raise UsageError(
+                f"the classifier in '{args.resume}' was trained on another encoder than '{args.pretrained}' ({name} "
+                "differs): choose another --output-dir, or leave --resume away"
+            )
+
+
+def take_options(args, saved, theirs, weights, path):
     """What the command line leaves open is the checkpoint's: architecture, stem, image size and statistics."""
-    theirs = saved.get("options") if isinstance(saved.get("options"), dict) else {}
     arch = saved.get("arch")
     if args.arch is None:
         args.arch = arch or "resnet50"

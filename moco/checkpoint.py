@@ -37,6 +37,7 @@ FIXED = [
     "groups",
     "views",
     "per_class",
+    "recipe",
 ]
 # Options whose change is legitimate, but never silent.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
@@ -102,8 +103,8 @@ def load(path):
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
     for name, value in checkpoint["state_dict"].items():
-        if not isinstance(value, torch.Tensor):
-            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no tensor")
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
     return checkpoint

@@ -6,6 +6,7 @@ image, view), never of the process or worker that makes it.
 """
 
 import os
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def load(args, train, device):
     elif name == "imagefolder":
         split = image_folder(folder, train, in_memory)
     else:
-        split = cifar(name, folder, train)
+        split = cifar(name, folder, train, distributed.rank() % args.processes_on_node == 0)
     if train and args.per_class:
         split = split.first(args.per_class)
     if in_memory and split.images is not None:
@@ -116,11 +117,12 @@ def digits(train):
     return Split(torch.from_numpy(labels[part]).long(), [str(d) for d in range(10)], torch.from_numpy(images[part]))
 
 
-def cifar(name, folder, train):
+def cifar(name, folder, train, first_here):
+    """`first_here`: is this the process of its machine that downloads what is missing?"""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     patience = socket.getdefaulttimeout()
     try:
-        if distributed.rank() == 0:
+        if first_here:
             try:
                 kind(folder, train)
             except RuntimeError:  # not there, or not whole
@@ -172,10 +174,18 @@ def class_folders(root):
 
 
 def images_below(root):
-    seen = set()
+    """Paths of the images in a class folder and below it. Of linked folders, those inside the split have their place
+    there, and those that hold it would lead in a circle: neither is followed."""
+    split, seen = os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
     for folder, inside, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        inside[:] = [name for name in inside if os.path.realpath(os.path.join(folder, name)) not in seen]
+        followed = []
+        for path in (os.path.join(folder, name) for name in sorted(inside)):
+            real = os.path.realpath(path) + os.sep
+            circular = os.path.islink(path) and (real.startswith(split) or split.startswith(real))
+            if not circular and real not in seen:
+                followed.append(os.path.basename(path))
+            seen.add(real)
+        inside[:] = followed
         yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
 
 
@@ -263,6 +273,11 @@ class Batches:
         rows = batch[order] if view == 1 and order is not None else batch
         return rows.tensor_split(distributed.world_size())[distributed.rank()]
 
+    def to_device(self, batches, orders):
+        """In one transfer each: one at every step would make the host wait for the step before."""
+        batches = torch.cat(batches).to(self.device).split(self.batch)
+        return batches, orders.to(self.device) if self.shuffle_keys else orders
+
     def in_batches(self, epoch, first, batches, orders):
         height, width = self.split.images.shape[2:]
         device = self.device
@@ -271,11 +286,7 @@ class Batches:
             rng = generator(self.seed, epoch, PARAMETERS, view)
             drawn.append(recipe.draw(len(self.split), height, width, rng).to(device))
         jitter = [generator(self.seed, epoch, JITTER, view) for view in range(len(self.recipes))]
-        # One transfer an epoch; the rest happens on the device.
-        index = torch.cat(batches).to(device)
-        batches = list(index.split(self.batch))
-        if self.shuffle_keys:
-            orders = orders.to(device)
+        batches, orders = self.to_device(batches, orders)
         for step, (batch, order) in enumerate(zip(batches, orders, strict=True)):
             colour = [r.draw_order(j) for r, j in zip(self.recipes, jitter, strict=True)]
             if step < first:
@@ -287,19 +298,19 @@ class Batches:
             yield made, self.labels[self.rows(batch, 0, order)], order
 
     def in_workers(self, epoch, first, batches, orders):
-        steps = list(zip(batches, orders, strict=True))[first:]
         self.plan[:] = [
             [(epoch, i, view) for view in range(len(self.recipes)) for i in self.rows(batch, view, order).tolist()]
-            for batch, order in steps
+            for batch, order in list(zip(batches, orders, strict=True))[first:]
         ]
+        batches, orders = self.to_device(batches, orders)
+        steps = list(zip(batches, orders, strict=True))[first:]
         for (batch, order), images in zip(steps, self.loader, strict=True):
             if isinstance(images, RunError):
                 images.alone = True  # the other processes load other images
                 raise images
             made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            made = list(made.split(len(self.rows(batch, 0, order))))
-            labels = self.labels[self.rows(batch, 0, order).to(self.device)]
-            yield made, labels, None if order is None else order.to(self.device)
+            rows = self.rows(batch, 0, order)
+            yield list(made.split(len(rows))), self.labels[rows], order
 
     def workers(self, args):
         transforms = [recipe.transform(args.mean, args.std) for recipe in self.recipes]
@@ -310,6 +321,7 @@ class Batches:
             collate_fn=collate,
             num_workers=count,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=deaf,
             persistent_workers=count > 0,
         )
 
@@ -329,6 +341,12 @@ class PillowViews(Dataset):
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
             torch.manual_seed(generator(self.seed, epoch, PILLOW, index, view).initial_seed())
             return self.transforms[view](image)
+
+
+def deaf(worker):
+    """Loader processes leave it to the training process to answer signals: it still needs them for its last step."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(items):

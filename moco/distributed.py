@@ -128,9 +128,8 @@ def spawn(worker, args, processes):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, pass_on)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all of them
     try:
         while not context.join(grace_period=GRACE):
             pass
@@ -142,6 +141,7 @@ def spawn(worker, args, processes):
 
 def spawned(local_rank, worker, args, processes):
     args.rank += local_rank
+    os.setpgrp()  # a terminal's Ctrl-C goes to the process that started this one, which passes it on, once
     try:
         run(worker, args, local_rank, processes)
     except (UsageError, RunError) as error:
@@ -178,17 +178,25 @@ def run(worker, args, local_rank, processes):
             raise lost from None
     try:
         worker(device, args)
+        leave_group()
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory: a smaller -b or --moco-k may fit ({str(error).splitlines()[0]})") from None
+    except SystemExit:  # all processes have agreed to leave
+        leave_group()
+        raise
+    # A process that fails alone does not leave the group first: with NCCL that waits for the others.
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            reason = str(error).splitlines()[0]
+            raise RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})") from None
         if not lost_connection(error):
             raise
         raise RunError(f"another of the {args.world_size} processes has ended or cannot be reached; {ADVICE}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def lost_connection(error):

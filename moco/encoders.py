@@ -98,8 +98,7 @@ def apply(encoder, images, bn_splits=1):
     # the chunks' statistics, which is what as many processes arrive at when they average theirs.
     # (`.data`, since autograd would take a change of theirs for one of what the backward pass needs.)
     running = [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
-    before = [buffer.clone() for buffer in running]
-    after = [torch.zeros_like(buffer) for buffer in running]
+    before, after = torch._foreach_mul(running, 1), torch._foreach_mul(running, 0)
     features = []
     for chunk in images.chunk(bn_splits):
         torch._foreach_copy_(running, before)

@@ -9,6 +9,7 @@ import torch
 from moco import augment, data, distributed, logs
 from moco.errors import one_line
 
+LARGEST = 2**31 - 1  # of a whole number
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
 
@@ -51,16 +52,18 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
                 limits = f" above {above:g}"
             elif low == -math.inf:
                 limits = ""
+            elif high in (math.inf, LARGEST):
+                limits = f" of {low:g} or more{', in 32 bits' if high == LARGEST else ''}"
             else:
-                limits = f" of {low:g} or more" if high == math.inf else f" from {low:g} to {high:g}"
+                limits = f" from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"'{text}' is not {whole}{limits}")
         return value
 
     return parse
 
 
-positive_int, positive_float = number(int, 1), number(float, above=0)
-count, amount = number(int, 0), number(float, 0)
+positive_int, positive_float = number(int, 1, LARGEST), number(float, above=0)
+count, amount = number(int, 0, LARGEST), number(float, 0)
 
 
 def pretrain_parser(description):
@@ -68,7 +71,11 @@ def pretrain_parser(description):
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
     parser.add_argument("--cos", action="store_true", help="half a cosine from lr to 0 instead of --schedule")
     parser.add_argument(
-        "--warm-up", type=count, default=5, metavar="N", help="epochs from lr 0 to lr (default: %(default)s)"
+        "--warm-up",
+        type=count,
+        default=5,
+        metavar="N",
+        help="epochs from lr 0 to lr (default: 5; without a queue 10 from lr 0.01, and none up to a batch of 256)",
     )
     parser.add_argument(
         "--aug-plus",
@@ -268,7 +275,7 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
     )
     more.add_argument(
         "--image-size",
-        type=number(int, 8),
+        type=number(int, 8, 4096),
         default=32,
         metavar="PIXELS",
         help="side of the views (default: 32; for main_lincls.py the checkpoint's)",
@@ -314,7 +321,7 @@ def settle(args, device):
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
+        # TF32 for convolutions, where float32 is asked for; similarities and views are products in float32 itself.
         torch.backends.cudnn.allow_tf32 = True
 
 

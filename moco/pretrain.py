@@ -152,6 +152,8 @@ def train(model_class, device, args):
 def prepare(args, device, model_class):
     """Settles what the command line leaves open; returns the checkpoint to go on from, or None."""
     options.settle(args, device)
+    if args.warm_up is None:  # SupContrast's authors, for batches over 256
+        args.warm_up = 10 if args.batch_size > 256 else 0
     if args.batch_size % (distributed.world_size() * args.bn_splits):
         raise UsageError(f"-b {args.batch_size} cannot be cut into --bn-splits {args.bn_splits} equal chunks")
     if args.start_epoch >= args.epochs:
@@ -163,6 +165,11 @@ def prepare(args, device, model_class):
         raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
     args.objective = model_class.__name__
     path = checkpoint.find(args)
+    finders = distributed.all_sum(torch.tensor([int(path is not None)], device=device)).item()
+    if 0 < finders < distributed.world_size():
+        raise UsageError(
+            f"only some machines find a checkpoint to resume: they must share --output-dir {args.output_dir}"
+        )
     resumed = checkpoint.load(path) if path else None
     saved = (resumed or {}).get("options")
     saved = saved if isinstance(saved, dict) else {}
@@ -202,12 +209,20 @@ def save(args, model, optimizer, epoch, step=0, losses=None, health=None, second
     """`epoch` epochs are complete, and `step` steps of the next one, with what it has seen so far."""
     if step:
         average_statistics(model)
+        health = distributed.all_mean(health)
+    state = model.state_dict()
+    extremes = torch._foreach_norm([v for v in state.values() if v.is_floating_point()], torch.inf)
+    if not torch.stack(extremes).isfinite().all():  # the losses are from before the last update
+        raise RunError(
+            f"after {epoch} epochs and {step} steps the weights are not finite: try a lower --lr. The last checkpoint is "
+            "from before"
+        )
     if distributed.rank() != 0:
         return
     content = {
         "epoch": epoch,
         "arch": args.arch,
-        "state_dict": checkpoint.with_prefix(model.state_dict()),
+        "state_dict": checkpoint.with_prefix(state),
         "optimizer": optimizer.state_dict(),
         "options": options.plain(args),
     }
@@ -279,7 +294,7 @@ def describe(epoch, row, args):
 
 
 class Interruption:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and leave; a second one ends it at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and leave; then SIGINT ends it at once."""
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -298,12 +313,13 @@ class Interruption:
 
     def ask(self, number, frame):
         self.asked = number
-        for s in self.signals:
-            signal.signal(s, signal.SIG_DFL)
+        for s in self.signals:  # schedulers send theirs more than once
+            signal.signal(s, signal.SIG_DFL if s == signal.SIGINT else signal.SIG_IGN)
 
     def __exit__(self, *error):
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
     def leave(self):
+        distributed.barrier()  # the first process has saved: whoever started them ends all when one is gone
         raise SystemExit(128 + (self.asked or signal.SIGTERM))

@@ -48,8 +48,8 @@ def main():
         if words.check and new != old:
             raise RunError(f"'{words.readme}' does not agree with '{words.results}': run make report")
         if not words.check:
-            words.readme.write_text(new)
             draw(runs, words.results)
+            words.readme.write_text(new)
     except (UsageError, RunError) as error:
         distributed.complain(error)
 
@@ -95,7 +95,10 @@ def flaw(content, bench):
 
     def curve(value):
         entries = value if isinstance(value, list) and len(value) == content["epochs"] else [None]
-        return all(isinstance(e, dict) and number(e.get("loss")) and number(e.get("seconds")) for e in entries)
+        return all(
+            isinstance(e, dict) and number(e.get("loss")) and number(e.get("seconds")) and number(e.get("knn") or 0)
+            for e in entries
+        )
 
     def embedding(value):
         points = [value.get(name) for name in ("x", "y", "label")] if isinstance(value, dict) else [None]

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from picture import embedding  # noqa: E402
 from moco import checkpoint, distributed, logs, options  # noqa: E402
 from moco.errors import RunError, UsageError  # noqa: E402
 
-MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos"
+MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2"  # two GPUs in one process
 LINEAR = "-a resnet50 --lr 1.0 -b 256"
 SUPCON_LINEAR = "-a resnet50 --recipe supcon"
 
@@ -151,12 +152,20 @@ def reproduce(key, args, seed):
     folder = args.runs / f"{key}-{name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "begun.json"
+    lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     if not begun.is_file():
-        write_json(begun, {"commit": commit(), "hardware": hardware, "versions": versions()})
+        facts = {"commit": commit(), "hardware": hardware, "versions": versions()}
+        write_json(begun, {"commands": lines, **facts})
     facts = read_json(begun)
-    for command in commands(key, args, seed, folder):
-        print(f"$ {shlex.join(command)}", flush=True)
-        status = subprocess.call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
+    if facts.get("commands") != lines:
+        raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
+    for line in lines:
+        print(f"$ {line}", flush=True)
+        command = shlex.split(line)
+        status = call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
+        if status > 128:
+            print(f"{command[1]} was stopped by a signal; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(status)
         if status:
             raise RunError(f"{command[1]} ended with status {status}; the same command goes on from there")
 
@@ -168,8 +177,7 @@ def reproduce(key, args, seed):
     points, labels, classes = embedding(folder, args.data, most=1000)
     result = {
         "row": ROWS[key].name,
-        "commands": [shlex.join(command) for command in commands(key, args, seed, folder)],
-        **facts,
+        **facts,  # with its commands
         "seed": seed,
         "arch": saved["arch"],
         "dataset": dataset(saved),
@@ -199,6 +207,20 @@ def reproduce(key, args, seed):
     write_json(path, result)
     print(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
     return result["top1"]
+
+
+def call(command):
+    """Runs a command to its end and returns its exit status; signals that ask this process to stop are passed on."""
+    child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        before[number] = signal.signal(number, lambda number, frame: child.send_signal(number))
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def dataset(saved):
@@ -245,8 +267,8 @@ def commit():
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"'{path}' cannot be read: {error}") from None
 
 

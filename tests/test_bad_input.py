@@ -42,6 +42,8 @@ def refused(done, status, *says):
         ("--epochs 1.5", "--epochs"),
         ("--moco-m 1.1", "from 0 to 1"),
         ("--seed -3", "--seed"),
+        ("--seed 99999999999999999999", "in 32 bits"),
+        ("--image-size 100000", "from 8 to 4096"),
         ("--dataset mnist", "--dataset"),
         ("--image-size 3", "--image-size"),
         ("--std 0 1 1", "--std"),
@@ -166,7 +168,15 @@ def test_checkpoints(run, tmp_path):
     for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a checkpoint", bytes(1000)):
         bad.write_bytes(content)
         both(1, bad)
-    for content in ([1, 2], {"epoch": 1}, {"state_dict": 3}, {"state_dict": {"module.queue": 3}}, torch.zeros(3)):
+    odd = torch.eye(3).to_sparse(), torch.zeros(3, device="meta")
+    for content in (
+        *({"state_dict": {"module.queue": tensor}} for tensor in odd),
+        [1, 2],
+        {"epoch": 1},
+        {"state_dict": 3},
+        {"state_dict": {"module.queue": 3}},
+        torch.zeros(3),
+    ):
         torch.save(content, bad)
         both(1, bad)
     bad.unlink()
@@ -226,6 +236,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before
 
 
+def test_weights_that_the_last_update_spoilt_are_not_saved(run, tmp_path):
+    """One step an epoch: its loss is finite, what it leaves is not."""
+    words = [TINY_MOCO.replace("--cos", ""), "-b 160 --warm-up 0 --output-dir", tmp_path]
+    run("main_moco_out.py", *words, "--epochs 1")
+    before = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    refused(run("main_moco_out.py", *words, "--epochs 2 --lr 1e38 --wd 1e3 --resume auto"), 1, "not finite", "--lr")
+    assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth.tar"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
@@ -238,6 +257,11 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     with pytest.raises(checkpoint.RunError, match="No space left on device"):
         checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_more_than_fits_into_memory(run, tmp_path):
+    done = run("main_moco.py", TINY_MOCO, "--moco-k 2000000000 --moco-dim 20000 --epochs 1 --output-dir", tmp_path)
+    refused(done, 1, "out of memory", "--moco-k")
 
 
 def test_an_output_folder_that_is_a_file(run, tmp_path):
@@ -295,8 +319,17 @@ def test_odd_folders(run, folder, tmp_path):
     with open(name, "wb") as file:
         file.write((root / "train/dog/0.png").read_bytes())
     (root / "train/readme.txt").touch()
-    found = data.images_below(root / "train/dog")
-    assert os.fsdecode(name) in set(found)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "more.png").write_bytes((root / "train/dog/0.png").read_bytes())
+    os.symlink(elsewhere, root / "train/dog/linked")
+    os.symlink(elsewhere, root / "train/dog/linked-again")
+    os.symlink(tmp_path, elsewhere / "back")
+    (root / "train/fox").symlink_to(elsewhere)
+    assert len(list(data.images_below(root / "train/cat"))) == 4
+    found = list(data.images_below(root / "train/dog"))
+    assert len(found) == 4 + 2 and os.fsdecode(name) in found
+    assert [os.path.basename(path) for path in data.images_below(root / "train/fox")] == ["more.png"]
     assert run("main_moco.py", SHORT, "--output-dir", tmp_path / "out", root).status == 0
     with open(name, "wb") as file:
         file.write(b"broken")

@@ -75,6 +75,21 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in out, out
 
 
+def test_a_row_is_interrupted_and_goes_on(tmp_path):
+    """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
+    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
+    words = ["in-200", "-a", "resnet20", "--epochs", "200", "--per-class", "16", "--name", "tiny"]
+    words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        while not (line := run.stdout.readline()).startswith("Epoch: ["):
+            assert line, "it has ended"
+        os.kill(run.pid, number)
+        out = run.communicate(timeout=60)[0]
+        assert run.returncode == status and "--resume auto goes on" in out and "Traceback" not in out, out
+    assert checkpoint.load(tmp_path / "in-200-tiny-seed0/checkpoint_last.pth.tar")["options"]["epochs"] == 200
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_dies(victim, tmp_path):
     """The other ends as well, within a minute, and says in one line what happened."""

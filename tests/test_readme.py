@@ -55,7 +55,7 @@ def test_reference_options_have_their_defaults(run):
         text = " ".join(run(script, "--help").out.split())
         for value in values.split(","):
             name, default = value.split()
-            assert re.search(rf"(?<![\w-]){name}[ ,].*?default: {re.escape(default)}\)", text), value
+            assert re.search(rf"(?<![\w-]){name}[ ,].*?default: {re.escape(default)}[;)]", text), value
 
 
 def test_the_example_of_a_variant(run, tmp_path):
@@ -155,6 +155,8 @@ def test_a_row_scaled_down(run, tmp_path):
     words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where]
     done = run("scripts/reproduce.py", *words, f"--pretrain '{small}' --linear '--dataset digits --epochs 2 -b 32'")
     assert done.status == 0, done.err
+    other = run("scripts/reproduce.py", *words, f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
+    assert other.status == 2 and "begun with other options" in other.err
     (path,) = (tmp_path / "results").iterdir()
     result = json.loads(path.read_text())
     assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)

@@ -87,6 +87,12 @@ def test_linear_evaluation_resumes(run, tmp_path):
         assert torch.equal(value, parts["state_dict"][name])
     assert [row["epoch"] for row in rows(tmp_path / "parts" / "linear.csv")] == ["0", "1", "2"]
 
+    done = run("main_lincls.py", *words, tmp_path / "parts", "--epochs 4 --resume auto -b 16")
+    assert done.status == 2 and "--batch-size 32" in done.err
+    run("main_moco.py", TINY_MOCO, "--epochs 2 --resume auto --output-dir", tmp_path)  # another encoder by now
+    done = run("main_lincls.py", *words, tmp_path / "parts", "--epochs 4 --resume auto")
+    assert done.status == 2 and "another encoder" in done.err
+
 
 @pytest.mark.parametrize("script", ["main_supcon.py", "main_ce.py"])
 def test_the_rows_without_a_queue(script, run, tmp_path):

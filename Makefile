@@ -8,7 +8,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 DIGITS = --dataset digits --seed 0
-PRETRAIN = -a resnet20 --image-size 16 -b 128 --moco-k 1024 --mlp --moco-t 0.2 --lr 0.06 --cos --epochs 60 --warm-up 2
+PRETRAIN = -a resnet20 --image-size 16 -b 128 --moco-k 1024 --mlp --moco-t 0.2 --lr 0.2 --cos --epochs 60 --warm-up 2
 
 demo: .venv/installed
 	@rm -rf demo

@@ -88,7 +88,7 @@ def evaluate(device, args):
         say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
         backbone.compile()
-    log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
+    log, writer = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch), checkpoint.Writer()
     say(
         f"linear classifier of {classes} classes on {args.arch} from '{source}': {len(split):,} images, {len(batches)} steps an epoch"
     )
@@ -129,7 +129,8 @@ def evaluate(device, args):
         log.add(epoch, loss=loss, lr=lr, top1=top1, top5=top5, **speed)
         check_unchanged(encoder, before)
         if distributed.rank() == 0:
-            save(encoder, optimizer, epoch, best, args)
+            save(writer, encoder, optimizer, epoch, best, args)
+    writer.finish()
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
@@ -180,7 +181,7 @@ def load_encoder(encoder, weights, path, classifier):
     checkpoint.load_state(encoder, weights | kept, path)
 
 
-def save(encoder, optimizer, epoch, best, args):
+def save(writer, encoder, optimizer, epoch, best, args):
     content = {
         "epoch": epoch + 1,
         "arch": args.arch,
@@ -189,10 +190,7 @@ def save(encoder, optimizer, epoch, best, args):
         "best": best,
         "options": options.plain(args),
     }
-    path = Path(args.output_dir, LAST)
-    checkpoint.save(path, content)
-    if best["epoch"] == epoch:
-        checkpoint.keep(path, BEST)
+    writer.save(Path(args.output_dir, LAST), content, BEST if best["epoch"] == epoch else None)
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 and what resuming needs besides. A checkpoint is data, not a program: it is loaded with `weights_only=True`.
 """
 
+import copy
 import os
 import pickle
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ FIXED = [
     "groups",
     "views",
     "per_class",
+    "holdout",
     "recipe",
 ]
 # Options whose change is legitimate, but never silent.
@@ -74,6 +77,29 @@ def keep(path, name):
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise RunError(f"checkpoint '{kept}' could not be written: {error.strerror}") from None
+
+
+class Writer:
+    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None
+
+    def save(self, path, checkpoint, kept=None):
+        """`save` of the checkpoint as it is now, and `keep` if there is a name to keep it under."""
+        self.finish()
+        self.writing = self.thread.submit(self.write, path, copy.deepcopy(checkpoint), kept)
+
+    def write(self, path, checkpoint, kept):
+        save(path, checkpoint)
+        if kept:
+            keep(path, kept)
+
+    def finish(self):
+        """Waits for the last one; raises the RunError that it ended with."""
+        if self.writing:
+            self.writing.result()
 
 
 def load(path):

@@ -59,13 +59,10 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def first(self, per_class):
-        """The first images of each class, in their order."""
-        rank = torch.zeros_like(self.labels)  # of an image within its class
-        for label in range(len(self.classes)):
-            mine = self.labels == label
-            rank[mine] = torch.arange(int(mine.sum()))
-        kept = (rank < per_class).nonzero().squeeze(1)
+    def of_each_class(self, part):
+        """The images that a slice takes of each class, in their order."""
+        each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
+        kept = torch.cat(each).sort().values
         images = None if self.images is None else self.images[kept]
         paths = None if self.paths is None else [self.paths[i] for i in kept.tolist()]
         return Split(self.labels[kept], self.classes, images, paths)
@@ -95,14 +92,19 @@ def load(args, train, device):
     """The training or the validation Split of the data set that the command line names."""
     in_memory = not train or args.views == "batched"
     name, folder = args.dataset, args.data
+    source = train or args.holdout > 0  # is it cut from the training images?
     if name == "digits":
-        split = digits(train)
+        split = digits(source)
     elif name == "imagefolder":
-        split = image_folder(folder, train, in_memory)
+        split = image_folder(folder, source, in_memory)
     else:
-        split = cifar(name, folder, train, distributed.rank() % args.processes_on_node == 0)
+        split = cifar(name, folder, source, distributed.rank() % args.processes_on_node == 0)
+    if args.holdout:
+        if (fewest := int(split.labels.bincount(minlength=len(split.classes)).min())) <= args.holdout:
+            raise UsageError(f"--holdout {args.holdout} leaves none of the {fewest} training images of a class")
+        split = split.of_each_class(slice(-args.holdout) if train else slice(-args.holdout, None))
     if train and args.per_class:
-        split = split.first(args.per_class)
+        split = split.of_each_class(slice(args.per_class))
     if in_memory and split.images is not None:
         split.images = split.images.to(device)
     return split

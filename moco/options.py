@@ -274,6 +274,13 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
         help="only the first N training images of each class",
     )
     more.add_argument(
+        "--holdout",
+        type=count,
+        default=0,
+        metavar="N",
+        help="validate on the last N training images of each class, and do not train on them: to choose options by",
+    )
+    more.add_argument(
         "--image-size",
         type=number(int, 8, 4096),
         default=32,

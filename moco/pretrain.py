@@ -93,7 +93,7 @@ def train(model_class, device, args):
         network = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
+    log, writer = logs.Log(args.output_dir, "log", COLUMNS, first_epoch), checkpoint.Writer()
     introduce(args, device, split, steps, first_epoch, first_step)
 
     network.train()
@@ -126,9 +126,9 @@ def train(model_class, device, args):
                     shown = done
                     if stop and done < steps:
                         progress.close()
-                        save(args, model, optimizer, epoch, done, losses, health, progress.seconds)
+                        save(writer, args, model, optimizer, epoch, done, losses, health, progress.seconds)
                         say(f"stopped in epoch {epoch} after step {done}; --resume auto goes on from there")
-                        interruption.leave()
+                        interruption.leave(writer)
             progress.close()
             average_statistics(model)
             row = summary(losses, health, lr, progress)
@@ -142,10 +142,11 @@ def train(model_class, device, args):
             health.zero_()
             first_step, seconds = 0, 0.0
             # The log comes first: a resumed run drops what it will write again.
-            save(args, model, optimizer, epoch + 1)
+            save(writer, args, model, optimizer, epoch + 1)
             if interruption.agreed:
                 say(f"stopped after epoch {epoch}; --resume auto goes on from there")
-                interruption.leave()
+                interruption.leave(writer)
+    writer.finish()
     log.close()
 
 
@@ -205,7 +206,7 @@ def restore(resumed, model, optimizer, losses, health, args):
     return epoch, step, seconds
 
 
-def save(args, model, optimizer, epoch, step=0, losses=None, health=None, seconds=0.0):
+def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None, seconds=0.0):
     """`epoch` epochs are complete, and `step` steps of the next one, with what it has seen so far."""
     if step:
         average_statistics(model)
@@ -228,10 +229,9 @@ def save(args, model, optimizer, epoch, step=0, losses=None, health=None, second
     }
     if step:
         content |= {"step": step, "losses": losses[:step].clone(), "health": health, "seconds": seconds}
-    path = Path(args.output_dir, checkpoint.LAST)
-    checkpoint.save(path, content)
-    if not step and (epoch % args.save_freq == 0 or epoch == args.epochs):
-        checkpoint.keep(path, f"checkpoint_{epoch - 1:04d}.pth.tar")
+    kept = not step and (epoch % args.save_freq == 0 or epoch == args.epochs)
+    name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
+    writer.save(Path(args.output_dir, checkpoint.LAST), content, name)
 
 
 def check(losses, shown, done, epoch, interruption):
@@ -320,6 +320,7 @@ class Interruption:
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
-    def leave(self):
+    def leave(self, writer):
+        writer.finish()
         distributed.barrier()  # the first process has saved: whoever started them ends all when one is gone
         raise SystemExit(128 + (self.asked or signal.SIGTERM))

@@ -61,7 +61,8 @@ def embedding(run, folder=None, most=2000):
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
-    args = argparse.Namespace(**saved["options"])
+    defaults = vars(options.pretrain_parser("").parse_args([]))  # of what an older checkpoint does not know
+    args = argparse.Namespace(**defaults | saved["options"])
     args.data = folder or args.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.settle(args, device)

@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -117,6 +118,11 @@ def test_folders(script, run, folder, tmp_path):
         (broken / split / "dog/3.png").write_bytes(whole[: len(whole) // 2])
     refused(run(script, *words, broken), 1, "dog/3.png", "cannot be read")
     assert not list((tmp_path / "out").rglob("*.pth.tar*"))
+
+
+def test_holding_out_every_image(run, folder, tmp_path):
+    words = ["-a resnet20 -b 4 --holdout 6 --output-dir", tmp_path, folder(train=6)]
+    refused(run("main_ce.py", *words), 2, "--holdout 6", "6 training images")
 
 
 def test_folders_of_the_linear_evaluation(run, folder, tmp_path):
@@ -245,18 +251,44 @@ def test_weights_that_the_last_update_spoilt_are_not_saved(run, tmp_path):
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before
 
 
+def full(file):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth.tar"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
     before = path.read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(checkpoint.RunError, match="No space left on device"):
         checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    writer = checkpoint.Writer()
+    writer.save(path, {"state_dict": {"a": torch.ones(3)}})
+    with pytest.raises(checkpoint.RunError, match="No space left on device"):
+        writer.finish()
+
+
+def test_a_disk_that_fills_up_stops_the_run(run, tmp_path, monkeypatch):
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    before = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    done = run("main_moco.py", TINY_MOCO, "--epochs 3 --resume auto --output-dir", tmp_path)
+    refused(done, 1, "checkpoint_last.pth.tar' could not be written", "the one before it is whole")
+    assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before
+
+
+def test_a_checkpoint_is_saved_as_it_was(tmp_path):
+    """Training goes on while it is written."""
+    writer, gate = checkpoint.Writer(), threading.Event()
+    writer.thread.submit(gate.wait)
+    weights = torch.zeros(3)
+    writer.save(tmp_path / "a", {"state_dict": {"a": weights}}, "b")
+    weights += 1
+    gate.set()
+    writer.finish()
+    for name in "ab":
+        assert checkpoint.load(tmp_path / name)["state_dict"]["a"].tolist() == [0, 0, 0]
 
 
 def test_more_than_fits_into_memory(run, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_MOCO
 
-from moco import checkpoint, logs, options, pretrain
+from moco import checkpoint, data, logs, options, pretrain
 
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 LINEAR = f"{TINY} --lr 1 --epochs 2"
@@ -245,6 +245,23 @@ def test_precision_and_compile_are_taken(run, tmp_path):
     done = run("main_moco_out.py", TINY_MOCO, "--epochs 1 --precision bf16 --output-dir", tmp_path)
     assert done.status == 0 and "bf16" in done.out
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["state_dict"]["module.queue"].dtype == torch.float32
+
+
+def test_holdout(run, folder, tmp_path):
+    """The last images of each class validate and are not trained on; no validation folder is read."""
+    place = folder(train=6)
+    args = options.pretrain_parser("").parse_args(["--holdout", "2", str(place)])
+    args.processes_on_node, args.dataset = 1, "imagefolder"
+    whole = data.image_folder(place, True, True)
+    train, validation = (data.load(args, part, torch.device("cpu")) for part in (True, False))
+    assert train.paths == whole.paths[:4] + whole.paths[6:10] and train.labels.tolist() == [0] * 4 + [1] * 4
+    assert validation.paths == whole.paths[4:6] + whole.paths[10:] and validation.labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(torch.cat([train.images, validation.images]).sum(0), whole.images.sum(0))
+    words = ["-a resnet20 --image-size 12 --epochs 1 -b 4 --holdout 2 --output-dir", tmp_path, place]
+    done = run("main_moco.py", *words, "--moco-k 8 --knn-freq 1")
+    assert done.status == 0 and "kNN" in done.out
+    done = run("main_lincls.py", *words, "--pretrained", tmp_path / "checkpoint_last.pth.tar")
+    assert done.status == 0 and "8 images" in done.out and "result: top1=" in done.out
 
 
 def test_the_seed_is_drawn_shown_and_kept(run, tmp_path):

@@ -2,7 +2,8 @@
 
     python scripts/reproduce.py in-200 data/                 # one row, as published
     python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
-    python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 15 --seeds 0 1 2    # scaled down, three seeds
+    python scripts/reproduce.py --small data/                # all methods, as a machine without a GPU can
+    python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
 A run that was interrupted goes on where it stopped when the same command is given again. Runs are kept in
 runs/NAME-SEED/, their logs and checkpoints included.
@@ -35,6 +36,11 @@ from moco.errors import RunError, UsageError  # noqa: E402
 MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2"  # two GPUs in one process
 LINEAR = "-a resnet50 --lr 1.0 -b 256"
 SUPCON_LINEAR = "-a resnet50 --recipe supcon"
+# Without a GPU: the same views, batch and classifier for all.
+SMALL = "-a resnet20 --epochs 15 -b 256 --aug-plus --warm-up 1 --knn-freq 3"
+SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 15 --schedule 9 12"
+SMALL_LR = {"main_ce.py": "0.2", "main_supcon.py": "0.05"}  # and for the rows with a queue:
+SMALL_LR_MOCO = "0.12"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def parse():
     add("rows", nargs="*", metavar="ROW", help="rows to run; the data folder comes last")
     add("--print", action="store_true", help="show the command lines (of all rows, unless some are named), run nothing")
     add("--seeds", type=options.count, nargs="+", default=[0], metavar="N", help="one run for each (default: 0)")
+    add("--small", action="store_true", help="resnet20, 15 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
     add("--per-class", type=options.positive_int, metavar="N", help="only the first N training images of each class")
@@ -107,6 +114,8 @@ def parse():
     ):
         args.data = args.rows.pop()
     unknown = [row for row in args.rows if row not in ROWS]
+    if args.small and not args.rows:  # each method once
+        args.rows = list({row.script: key for key, row in reversed(ROWS.items())}.values())[::-1]
     if unknown or (not args.rows and not args.print):
         problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
@@ -118,12 +127,18 @@ def commands(key, args, seed, folder):
     row = ROWS[key]
     scaled = ["-a", args.arch] if args.arch else []
     common = ["--seed", str(seed), "--output-dir", str(folder)]
-    pretrain = [*row.options.split(), *scaled, "--epochs", str(args.epochs or row.epochs), *shlex.split(args.pretrain)]
+    pretrain = [*row.options.split(), "--epochs", str(row.epochs)]
+    if args.small:
+        pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, SMALL_LR_MOCO)]
+    if args.epochs:
+        pretrain += ["--epochs", str(args.epochs)]
+    pretrain += [*scaled, *shlex.split(args.pretrain)]
     if args.per_class:
         pretrain += ["--per-class", str(args.per_class)]
     lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
     if row.linear:
-        linear = last_of_each([*row.linear.split(), *scaled, *shlex.split(args.linear)])
+        small = SMALL_LINEAR.split() if args.small else []
+        linear = last_of_each([*row.linear.split(), *small, *scaled, *shlex.split(args.linear)])
         if args.per_class:
             linear += ["--per-class", str(args.per_class)]
         source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
@@ -146,9 +161,9 @@ def last_of_each(words):
 def reproduce(key, args, seed):
     """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
     hardware = describe_hardware()
-    name = args.name or f"{args.arch or 'resnet50'}-{args.epochs or ROWS[key].epochs}ep" + (
-        f"-{args.per_class}pc" if args.per_class else ""
-    )
+    arch, epochs = ("resnet20", 15) if args.small else ("resnet50", ROWS[key].epochs)
+    pieces = [args.arch or arch, f"{args.epochs or epochs}ep", *([f"{args.per_class}pc"] if args.per_class else [])]
+    name = args.name or "-".join(pieces)
     folder = args.runs / f"{key}-{name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "begun.json"

@@ -145,6 +145,13 @@ def test_rows_and_recipes(run):
     ]
     for line in moco:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
+    small = run("scripts/reproduce.py", "--small --print").out.splitlines()
+    assert [line.split()[1] for line in small if "lincls" not in line] == [
+        f"main_{name}.py" for name in ("ce", "supcon", "moco", "moco_in", "moco_out", "moco_suploss")
+    ]
+    for line in small:
+        assert "-a resnet20" in line and "--epochs 15" in line and "-b 256" in line
+        assert ("--aug-plus" in line and "--warm-up 1" in line) or "--lr 0.1 " in line
     refused = run("scripts/reproduce.py", "in-300 data/")
     assert refused.status == 2 and "unknown row 'in-300'" in refused.err
 

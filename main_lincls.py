@@ -8,6 +8,7 @@ in model_best.pth.tar, with its encoder; this evaluates it again:
     python main_lincls.py -e --resume model_best.pth.tar data/
 """
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,7 @@ def main():
 
 
 def evaluate(device, args):
-    if args.resume == "auto":
-        last = Path(args.output_dir, LAST)
-        args.resume = str(last) if last.is_file() else None
+    args.resume = checkpoint.find(args, device, LAST)
     source = args.resume or args.pretrained
     if source is None:
         raise UsageError("name the checkpoint: --pretrained PATH (or --resume PATH, for one of this script's own)")
@@ -56,6 +55,7 @@ def evaluate(device, args):
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     backbone, classifier = frozen(encoder), encoder.fc
     if args.evaluate:
+        args.centre_crop = theirs.get("centre_crop", args.centre_crop)
         top1, top5 = validate(backbone, classifier, validation, args, device)
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
         return
@@ -80,7 +80,7 @@ def evaluate(device, args):
     if trained:
         try:
             optimizer.load_state_dict(saved["optimizer"])
-            first_epoch, best = int(saved["epoch"]), saved["best"]
+            first_epoch, best = args.start_epoch or int(saved["epoch"]), saved["best"]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"checkpoint '{source}' cannot be resumed: {error}") from None
         for group in optimizer.param_groups:
@@ -88,49 +88,52 @@ def evaluate(device, args):
         say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
         backbone.compile()
-    log, writer = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch), checkpoint.Writer()
+    log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
     say(
         f"linear classifier of {classes} classes on {args.arch} from '{source}': {len(split):,} images, {len(batches)} steps an epoch"
     )
 
-    for epoch in range(first_epoch, args.epochs):
-        lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = torch.zeros(len(batches), device=device)
-        progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size)
-        for step, ((images,), labels, _) in enumerate(progress.waited_for(batches.epoch(epoch))):
-            features = backbone_features(backbone, images, args, device)
-            # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
-            batch = min(args.batch_size, len(split) - step * args.batch_size)
-            loss = F.cross_entropy(classifier(features), labels, reduction="sum") / batch
-            optimizer.zero_grad()
-            loss.backward()
-            for parameter in classifier.parameters():
-                distributed.all_sum(parameter.grad)
-            optimizer.step()
-            losses[step] = loss.detach()
-            if (step + 1) % args.print_freq == 0 or step + 1 == len(batches):
-                progress.show(
-                    step + 1, Loss=f"{losses[: step + 1].mean() * distributed.world_size():.4f}", lr=f"{lr:.4g}"
-                )
-        progress.close()
-        loss = distributed.all_sum(losses).mean().item()
-        if loss != loss or loss == float("inf"):
-            raise RunError(f"the loss of epoch {epoch} is not finite: try a lower --lr than {args.lr:g}")
-        images_per_second = progress.images_per_second  # of training; an epoch's seconds have the validation in them
-        top1, top5 = validate(backbone, classifier, validation, args, device)
-        if best is None or top1 > best["top1"]:
-            best = dict(top1=top1, top5=top5, epoch=epoch)
-        say(
-            f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} (epoch {best['epoch']})"
-        )
-        speed = dict(images_per_second=images_per_second, seconds=progress.seconds)
-        log.add(epoch, loss=loss, lr=lr, top1=top1, top5=top5, **speed)
-        check_unchanged(encoder, before)
-        if distributed.rank() == 0:
-            save(writer, encoder, optimizer, epoch, best, args)
-    writer.finish()
+    with checkpoint.Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
+        for epoch in range(first_epoch, args.epochs):
+            lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = torch.zeros(len(batches), device=device)
+            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size)
+            for step, ((images,), labels, _) in enumerate(progress.waited_for(batches.epoch(epoch))):
+                features = backbone_features(backbone, images, args, device)
+                # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
+                batch = min(args.batch_size, len(split) - step * args.batch_size)
+                loss = F.cross_entropy(classifier(features), labels, reduction="sum") / batch
+                optimizer.zero_grad()
+                loss.backward()
+                for parameter in classifier.parameters():
+                    distributed.all_sum(parameter.grad)
+                optimizer.step()
+                losses[step] = loss.detach()
+                if (step + 1) % args.print_freq == 0 or step + 1 == len(batches):
+                    progress.show(
+                        step + 1, Loss=f"{losses[: step + 1].mean() * distributed.world_size():.4f}", lr=f"{lr:.4g}"
+                    )
+            progress.close()
+            loss = distributed.all_sum(losses).mean().item()
+            if loss != loss or loss == float("inf"):
+                raise RunError(f"the loss of epoch {epoch} is not finite: try a lower --lr than {args.lr:g}")
+            speed = progress.images_per_second  # of training; an epoch's seconds have the validation in them
+            top1, top5 = validate(backbone, classifier, validation, args, device)
+            if best is None or top1 > best["top1"]:
+                best = dict(top1=top1, top5=top5, epoch=epoch)
+            say(
+                f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} (epoch {best['epoch']})"
+            )
+            row = dict(loss=loss, lr=lr, top1=top1, top5=top5, images_per_second=speed, seconds=progress.seconds)
+            log.add(epoch, **row)
+            check_unchanged(encoder, before)
+            checkpoint.check_finite(encoder.state_dict(), f"after epoch {epoch}")
+            if distributed.rank() == 0:
+                save(writer, encoder, optimizer, epoch, best, args)
+            if distributed.all_sum(torch.tensor([int(interruption.asked)], device=device)) > 0:
+                interruption.leave(writer, f"after epoch {epoch}")
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")

@@ -1,4 +1,4 @@
-"""Checkpoints in MoCo's format: a dict of `epoch`, `arch`, `state_dict` (names begin with `module.`), `optimizer`,
+"""Save, load, resume. Checkpoints are in MoCo's format: a dict of `epoch`, `arch`, `state_dict` (names begin with `module.`), `optimizer`,
 and what resuming needs besides. A checkpoint is data, not a program: it is loaded with `weights_only=True`.
 """
 
@@ -6,13 +6,16 @@ import copy
 import os
 import pickle
 import shutil
+import signal
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from moco import distributed
 from moco.errors import RunError, UsageError
+from moco.logs import say
 
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
@@ -46,8 +49,11 @@ FIXED = [
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 
 
-def save(path, checkpoint):
-    """Writes beside `path`, flushes and renames: `path` is always whole, the old checkpoint or the new one."""
+def save(path, checkpoint, kept=None):
+    """Writes beside `path`, flushes and renames: `path` is always whole, the old checkpoint or the new one.
+
+    With a name to keep it under, that is there before `path` is new: a run killed in between makes both again.
+    """
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -56,50 +62,96 @@ def save(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if kept:
+            second_name(beside, path.with_name(kept))
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
+        cause = error if isinstance(error, OSError) else error.__context__
         beside.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"checkpoint '{path}' could not be written: {reason} (the one before it is whole)") from None
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+        whole = " (the one before it is whole)" if path.exists() else ""
+        raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
 
 
-def keep(path, name):
-    """A second name for a checkpoint that was just saved; `path` itself will be replaced, not written to."""
-    path, kept = Path(path), Path(path).with_name(name)
-    beside = kept.with_name(name + ".tmp")
+def second_name(path, name):
+    beside = name.with_name(name.name + ".tmp")
     beside.unlink(missing_ok=True)
     try:
-        try:
-            os.link(path, beside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, beside)
-        os.replace(beside, kept)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise RunError(f"checkpoint '{kept}' could not be written: {error.strerror}") from None
+        os.link(path, beside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, beside)
+    os.replace(beside, name)
 
 
 class Writer:
-    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch."""
+    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch.
+
+    A context manager: what is being written when it is left is written to its end.
+    """
 
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
 
     def save(self, path, checkpoint, kept=None):
-        """`save` of the checkpoint as it is now, and `keep` if there is a name to keep it under."""
+        """`save`, of the checkpoint as it is now."""
         self.finish()
-        self.writing = self.thread.submit(self.write, path, copy.deepcopy(checkpoint), kept)
-
-    def write(self, path, checkpoint, kept):
-        save(path, checkpoint)
-        if kept:
-            keep(path, kept)
+        self.writing = self.thread.submit(save, path, copy.deepcopy(checkpoint), kept)
 
     def finish(self):
         """Waits for the last one; raises the RunError that it ended with."""
         if self.writing:
             self.writing.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        self.thread.shutdown()
+        if kind is None:
+            self.finish()
+
+
+class Interruption:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to come to a point where it can save and leave; then SIGINT ends it at
+    once."""
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.asked = 0
+        self.agreed = False  # all processes know
+
+    @property
+    def alone(self):
+        """Need not wait for the other processes' next look at it."""
+        return self.asked and distributed.world_size() == 1
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in self.signals}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = number
+        for s in self.signals:  # schedulers send theirs more than once
+            signal.signal(s, signal.SIG_DFL if s == signal.SIGINT else signal.SIG_IGN)
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def leave(self, writer, when):
+        writer.finish()
+        say(f"stopped {when}; --resume auto goes on from there")
+        distributed.barrier()  # the first process has saved: whoever started them ends all when one is gone
+        raise SystemExit(128 + (self.asked or signal.SIGTERM))
+
+
+def check_finite(state_dict, when):
+    """The losses are from before the last update: does it leave weights that are worth saving?"""
+    extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
+    if not torch.stack(extremes).isfinite().all():
+        raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
 
 
 def load(path):
@@ -157,12 +209,17 @@ def load_state(module, state_dict, path):
     module.load_state_dict(state_dict)
 
 
-def find(args):
+def find(args, device, last=LAST):
     """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
     if args.resume != "auto":
         return args.resume
-    last = Path(args.output_dir, LAST)
-    return last if last.is_file() else None
+    path = Path(args.output_dir, last)
+    finders = distributed.all_sum(torch.tensor([int(path.is_file())], device=device)).item()
+    if 0 < finders < distributed.world_size():
+        raise UsageError(
+            f"only some machines find a checkpoint to resume: they must share --output-dir {args.output_dir}"
+        )
+    return str(path) if finders else None
 
 
 def compare_options(options, args, path):

@@ -98,7 +98,7 @@ def load(args, train, device):
     elif name == "imagefolder":
         split = image_folder(folder, source, in_memory)
     else:
-        split = cifar(name, folder, source, distributed.rank() % args.processes_on_node == 0)
+        split = cifar(name, folder, source, args.processes_on_node)
     if args.holdout:
         if (fewest := int(split.labels.bincount(minlength=len(split.classes)).min())) <= args.holdout:
             raise UsageError(f"--holdout {args.holdout} leaves none of the {fewest} training images of a class")
@@ -119,24 +119,28 @@ def digits(train):
     return Split(torch.from_numpy(labels[part]).long(), [str(d) for d in range(10)], torch.from_numpy(images[part]))
 
 
-def cifar(name, folder, train, first_here):
-    """`first_here`: is this the process of its machine that downloads what is missing?"""
+def cifar(name, folder, train, processes_on_node):
+    """What is missing is downloaded by the first process, then by the first one of each machine that lacks it still."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     patience = socket.getdefaulttimeout()
     try:
-        if first_here:
-            try:
-                kind(folder, train)
-            except RuntimeError:  # not there, or not whole
-                socket.setdefaulttimeout(30)
-                kind(folder, train, download=True)
-        distributed.barrier()
+        for mine in (distributed.rank() == 0, distributed.rank() % processes_on_node == 0):
+            if mine:
+                try:
+                    kind(folder, train)
+                except RuntimeError:  # not there, or not whole
+                    socket.setdefaulttimeout(30)
+                    kind(folder, train, download=True)
+            distributed.barrier()
         data = kind(folder, train)
     except Exception as error:  # the many ways in which a download or an archive can fail
+        if distributed.lost_connection(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         title = "CIFAR-10" if name == "cifar10" else "CIFAR-100"
         raise RunError(
-            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}"
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}",
+            alone=True,
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -186,13 +190,13 @@ def images_below(root):
             circular = os.path.islink(path) and (real.startswith(split) or split.startswith(real))
             if not circular and real not in seen:
                 followed.append(os.path.basename(path))
-            seen.add(real)
+                seen.add(real)
         inside[:] = followed
         yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
 
 
-def open_image(path):
-    """A PIL image in RGB; RunError names the file that is none."""
+def open_image(path, alone=True):
+    """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip its values, not scale them
@@ -200,18 +204,18 @@ def open_image(path):
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly everything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"image '{path}' cannot be read: {reason}") from None
+        raise RunError(f"image '{path}' cannot be read: {reason}", alone=alone) from None
 
 
 def decode(paths, title):
     """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they are loaded as they come."""
-    width, height = open_image(paths[0]).size
+    width, height = open_image(paths[0], alone=False).size
     if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
         return None
     images = np.empty((len(paths), height, width, 3), np.uint8)
 
     def read(i):
-        image = open_image(paths[i])
+        image = open_image(paths[i], alone=False)
         if image.size != (width, height):
             return False
         images[i] = image
@@ -252,6 +256,11 @@ class Batches:
         else:
             self.plan = []  # what the sampler hands to the workers; a new one each epoch
             self.loader = self.workers(args)
+
+    def close(self):
+        """Ends the loader processes. They are deaf to signals, so that nobody else can."""
+        if self.loader is not None and self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
 
     def __len__(self):
         return len(self.split) // self.batch if self.drop_last else -(-len(self.split) // self.batch)
@@ -308,7 +317,6 @@ class Batches:
         steps = list(zip(batches, orders, strict=True))[first:]
         for (batch, order), images in zip(steps, self.loader, strict=True):
             if isinstance(images, RunError):
-                images.alone = True  # the other processes load other images
                 raise images
             made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             rows = self.rows(batch, 0, order)

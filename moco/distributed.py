@@ -116,6 +116,9 @@ def complain(error, rank=0):
         print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
+    if dist.is_initialized():  # a group whose processes go one by one can hang or abort when Python tidies up
+        sys.stdout.flush()
+        os._exit(error.status)
     sys.exit(error.status)
 
 
@@ -170,12 +173,11 @@ def run(worker, args, local_rank, processes):
             )
         except (dist.DistError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            lost = RunError(
+            raise RunError(
                 f"the {args.world_size} processes could not meet at {args.dist_url} within "
-                f"{PATIENCE.total_seconds() / 60:g} minutes: {reason}"
-            )
-            lost.alone = True
-            raise lost from None
+                f"{PATIENCE.total_seconds() / 60:g} minutes: {reason}",
+                alone=True,
+            ) from None
     try:
         worker(device, args)
         leave_group()
@@ -188,7 +190,7 @@ def run(worker, args, local_rank, processes):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             reason = str(error).splitlines()[0]
-            raise RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})") from None
+            raise RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})", alone=True) from None
         if not lost_connection(error):
             raise
         raise RunError(f"another of the {args.world_size} processes has ended or cannot be reached; {ADVICE}") from None

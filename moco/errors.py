@@ -12,6 +12,11 @@ class RunError(Exception):
 
     status = 1
 
+    def __init__(self, text, alone=False):
+        """`alone`: perhaps only this process has met it, so it says so itself."""
+        super().__init__(text)
+        self.alone = alone
+
 
 def one_line(text):
     """With line breaks and other control characters spelt out."""

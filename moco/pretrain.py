@@ -1,7 +1,7 @@
 """The training loop of every pretraining script."""
 
 import math
-import signal
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,11 +93,11 @@ def train(model_class, device, args):
         network = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
-    log, writer = logs.Log(args.output_dir, "log", COLUMNS, first_epoch), checkpoint.Writer()
+    log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
     introduce(args, device, split, steps, first_epoch, first_step)
 
     network.train()
-    with Interruption() as interruption:
+    with checkpoint.Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         for epoch in range(first_epoch, args.epochs):
             progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, first_step, seconds)
             shown = first_step
@@ -127,8 +127,7 @@ def train(model_class, device, args):
                     if stop and done < steps:
                         progress.close()
                         save(writer, args, model, optimizer, epoch, done, losses, health, progress.seconds)
-                        say(f"stopped in epoch {epoch} after step {done}; --resume auto goes on from there")
-                        interruption.leave(writer)
+                        interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             average_statistics(model)
             row = summary(losses, health, lr, progress)
@@ -144,9 +143,7 @@ def train(model_class, device, args):
             # The log comes first: a resumed run drops what it will write again.
             save(writer, args, model, optimizer, epoch + 1)
             if interruption.agreed:
-                say(f"stopped after epoch {epoch}; --resume auto goes on from there")
-                interruption.leave(writer)
-    writer.finish()
+                interruption.leave(writer, f"after epoch {epoch}")
     log.close()
 
 
@@ -165,12 +162,7 @@ def prepare(args, device, model_class):
     if args.batch_size < 2 * args.groups:
         raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
     args.objective = model_class.__name__
-    path = checkpoint.find(args)
-    finders = distributed.all_sum(torch.tensor([int(path is not None)], device=device)).item()
-    if 0 < finders < distributed.world_size():
-        raise UsageError(
-            f"only some machines find a checkpoint to resume: they must share --output-dir {args.output_dir}"
-        )
+    path = checkpoint.find(args, device)
     resumed = checkpoint.load(path) if path else None
     saved = (resumed or {}).get("options")
     saved = saved if isinstance(saved, dict) else {}
@@ -212,12 +204,7 @@ def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None
         average_statistics(model)
         health = distributed.all_mean(health)
     state = model.state_dict()
-    extremes = torch._foreach_norm([v for v in state.values() if v.is_floating_point()], torch.inf)
-    if not torch.stack(extremes).isfinite().all():  # the losses are from before the last update
-        raise RunError(
-            f"after {epoch} epochs and {step} steps the weights are not finite: try a lower --lr. The last checkpoint is "
-            "from before"
-        )
+    checkpoint.check_finite(state, f"after {epoch} epochs and {step} steps")
     if distributed.rank() != 0:
         return
     content = {
@@ -291,36 +278,3 @@ def describe(epoch, row, args):
     if "top1" in row:
         text += f", top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}"
     say(f"{text}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s")
-
-
-class Interruption:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to finish its step, save and leave; then SIGINT ends it at once."""
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self):
-        self.asked = 0
-        self.agreed = False  # all processes know
-
-    @property
-    def alone(self):
-        """Need not wait for the other processes' next look at it."""
-        return self.asked and distributed.world_size() == 1
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in self.signals}
-        return self
-
-    def ask(self, number, frame):
-        self.asked = number
-        for s in self.signals:  # schedulers send theirs more than once
-            signal.signal(s, signal.SIG_DFL if s == signal.SIGINT else signal.SIG_IGN)
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def leave(self, writer):
-        writer.finish()
-        distributed.barrier()  # the first process has saved: whoever started them ends all when one is gone
-        raise SystemExit(128 + (self.asked or signal.SIGTERM))

@@ -162,7 +162,7 @@ def order(name):
 def how(run):
     words = run["commands"][0].split()
     values = dict(pairwise(words))
-    return f"{values.get('--views', 'batched')}, {values.get('--precision', 'fp32')}"
+    return f"{values.get('--views', 'batched')}, {run.get('precision') or values.get('--precision', 'fp32')}"
 
 
 def ours(runs):

@@ -84,6 +84,8 @@ def main():
                 print(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
     except (UsageError, RunError) as error:
         distributed.complain(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def parse():
@@ -160,7 +162,8 @@ def last_of_each(words):
 
 def reproduce(key, args, seed):
     """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
-    hardware = describe_hardware()
+    if not Path(args.data).is_dir() and "--dataset" not in args.pretrain:
+        raise UsageError(f"data folder '{args.data}' does not exist (make one, and CIFAR-10 is downloaded to it)")
     arch, epochs = ("resnet20", 15) if args.small else ("resnet50", ROWS[key].epochs)
     pieces = [args.arch or arch, f"{args.epochs or epochs}ep", *([f"{args.per_class}pc"] if args.per_class else [])]
     name = args.name or "-".join(pieces)
@@ -168,9 +171,10 @@ def reproduce(key, args, seed):
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "begun.json"
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
-    if not begun.is_file():
-        facts = {"commit": commit(), "hardware": hardware, "versions": versions()}
-        write_json(begun, {"commands": lines, **facts})
+    now = {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}
+    fresh = not begun.is_file()
+    if fresh:
+        write_json(begun, {"commands": lines, **now})
     facts = read_json(begun)
     if facts.get("commands") != lines:
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
@@ -181,8 +185,11 @@ def reproduce(key, args, seed):
         if status > 128:
             print(f"{command[1]} was stopped by a signal; the same command goes on from there", file=sys.stderr)
             raise SystemExit(status)
+        if status == 2 and fresh and line == lines[0]:  # nothing has begun: what was wrong can be put right
+            begun.unlink()
         if status:
-            raise RunError(f"{command[1]} ended with status {status}; the same command goes on from there")
+            more = "; the same command goes on from there" if status != 2 else ""
+            raise RunError(f"{command[1]} ended with status {status}{more}")
 
     saved = checkpoint.load(folder / checkpoint.LAST)["options"]
     curve = [numbers(row) for row in logs.read(folder / "log.csv")]
@@ -195,6 +202,7 @@ def reproduce(key, args, seed):
         **facts,  # with its commands
         "seed": seed,
         "arch": saved["arch"],
+        "precision": saved["precision"],
         "dataset": dataset(saved),
         "images": saved["images"],
         "epochs": saved["epochs"],
@@ -217,8 +225,10 @@ def reproduce(key, args, seed):
         },
         "measured": time.strftime("%Y-%m-%d"),
     }
+    if any(now[name] != facts.get(name) for name in now):
+        result["ended_with"] = now  # another commit, machine or version than it began with
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{key}-{hardware['name']}-{name}-seed{seed}.json"
+    path = args.results / f"{key}-{facts['hardware']['name']}-{name}-seed{seed}.json"
     write_json(path, result)
     print(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
     return result["top1"]
@@ -226,16 +236,28 @@ def reproduce(key, args, seed):
 
 def call(command):
     """Runs a command to its end and returns its exit status; signals that ask this process to stop are passed on."""
-    child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        before[number] = signal.signal(number, lambda number, frame: child.send_signal(number))
+    child, asked, before = None, 0, {}
+
+    def ask(number, frame):
+        nonlocal asked
+        asked = number
+        if child:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        before[number] = signal.signal(number, ask)
     try:
+        child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
+        if asked:
+            child.send_signal(asked)
         status = child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    if status > 0:
+        return status
+    signalled = asked or -status
+    return 128 + signalled if signalled else 0
 
 
 def dataset(saved):

@@ -269,6 +269,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         writer.finish()
 
 
+def test_a_full_disk_is_called_one(tmp_path):
+    """As torch tells it, there is an 'enforce fail at inline_container.cc'."""
+    os.symlink("/dev/full", tmp_path / "a.tmp")
+    with pytest.raises(checkpoint.RunError, match=r"could not be written: No space left on device$"):
+        checkpoint.save(tmp_path / "a", {"state_dict": {"a": torch.ones(3)}})
+
+
+def test_a_checkpoint_is_kept_before_it_is_the_last(tmp_path, monkeypatch):
+    """Whoever is killed in between makes both again."""
+    path, kept = tmp_path / "last", tmp_path / "kept"
+    checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
+
+    def replace(old, new):
+        if new == path:
+            raise OSError(5, "killed")
+        os.rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(checkpoint.RunError):
+        checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}}, "kept")
+    assert [checkpoint.load(p)["state_dict"]["a"].sum() for p in (path, kept)] == [0, 3]
+
+
 def test_a_disk_that_fills_up_stops_the_run(run, tmp_path, monkeypatch):
     run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
     before = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
@@ -357,6 +380,7 @@ def test_odd_folders(run, folder, tmp_path):
     os.symlink(elsewhere, root / "train/dog/linked")
     os.symlink(elsewhere, root / "train/dog/linked-again")
     os.symlink(tmp_path, elsewhere / "back")
+    os.symlink(root / "train/dog/of", root / "train/dog/alias")  # comes before what it leads to
     (root / "train/fox").symlink_to(elsewhere)
     assert len(list(data.images_below(root / "train/cat"))) == 4
     found = list(data.images_below(root / "train/dog"))

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MOCO
+from conftest import ROOT, TINY, TINY_MOCO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_bad_input import refused
@@ -26,6 +26,21 @@ KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for the long version
 def start(script, *words, **more):
     command = [sys.executable, str(ROOT / script), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def until(run, begins):
+    """Reads what a run prints, to the first line that begins so."""
+    lines = []
+    while not lines or not lines[-1].startswith(begins):
+        lines.append(run.stdout.readline())
+        assert lines[-1], "it has ended"
+    return "".join(lines)
 
 
 def test_killed_at_random_instants(tmp_path):
@@ -62,17 +77,42 @@ def test_killed_at_random_instants(tmp_path):
     same(end(tmp_path / "whole"), end(parts))
     assert [row["epoch"] for row in rows(parts / "log.csv")] == [str(e) for e in range(30)]
     assert killed >= min(KILLS, 2)
-    assert not list(parts.glob("*.tmp")) or killed  # a kill can leave a file beside, never a half-written checkpoint
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    run = start("main_moco.py", *TINY_MOCO.split(), "--epochs", "500", "--output-dir", str(tmp_path))
-    while not run.stdout.readline().startswith("Epoch: [0][5"):
-        pass
+    """The first one has it save, which takes two minutes here."""
+    run = start("tests/slow_disk.py", "main_moco.py", *TINY_MOCO.split(), "--output-dir", str(tmp_path))
+    until(run, "Epoch: [0]")
     os.kill(run.pid, signal.SIGINT)
+    until(run, "saving")
+    time.sleep(2)  # for the first one, if this was the end of an epoch
     os.kill(run.pid, signal.SIGINT)
-    out = run.communicate(timeout=60)[0]
-    assert run.returncode in (130, -signal.SIGINT) and "Traceback" not in out, out
+    out = run.communicate(timeout=30)[0]
+    assert run.returncode == -signal.SIGINT and "stopped" not in out and "Traceback" not in out, out
+
+
+def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):
+    assert run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path).status == 0
+    words = [*TINY.split(), "--lr", "0.1", "--epochs", "400", "--output-dir", str(tmp_path)]
+    words += ["--pretrained", str(tmp_path / "checkpoint_last.pth.tar")]
+    for more in ([], ["--resume", "auto"]):
+        linear = start("main_lincls.py", *words, *more)
+        assert ("going on with epoch" in until(linear, "Epoch: [")) == bool(more)
+        linear.send_signal(signal.SIGTERM)
+        out = linear.communicate(timeout=60)[0]
+        assert linear.returncode == 143 and "stopped after epoch" in out and "Traceback" not in out, out
+    saved = checkpoint.load(tmp_path / "linear_last.pth.tar")
+    assert [int(row["epoch"]) for row in rows(tmp_path / "linear.csv")] == list(range(saved["epoch"]))
+
+
+def test_loader_processes_end_with_a_run_that_fails(folder, tmp_path):
+    """They are deaf to signals, the one that Python sends them at its end too."""
+    large = folder("large", train=8, size=(120, 100))
+    (large / "train/cat/5.png").write_bytes(b"GIF89a, perhaps")
+    words = f"-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 -j 2 --output-dir {tmp_path} {large}"
+    failing = start("main_moco.py", *words.split())
+    out = failing.communicate(timeout=60)[0]
+    assert failing.returncode == 1 and "cat/5.png' cannot be read" in out, out
 
 
 def test_a_row_is_interrupted_and_goes_on(tmp_path):
@@ -82,8 +122,7 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
     words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        while not (line := run.stdout.readline()).startswith("Epoch: ["):
-            assert line, "it has ended"
+        assert ("going on with epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
         os.kill(run.pid, number)
         out = run.communicate(timeout=60)[0]
         assert run.returncode == status and "--resume auto goes on" in out and "Traceback" not in out, out
@@ -93,15 +132,12 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_dies(victim, tmp_path):
     """The other ends as well, within a minute, and says in one line what happened."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [*TINY_MOCO.split(), "--epochs", "5000", "--world-size", "2", "--dist-url", f"tcp://localhost:{port}"]
     words += ["--output-dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [start("main_moco_out.py", *words, "--rank", str(rank), env=environment) for rank in (0, 1)]
-    while not runs[0].stdout.readline().startswith("Epoch: [1]"):
-        pass
+    until(runs[0], "Epoch: [1]")
     runs[victim].kill()
     other = runs[1 - victim]
     begun = time.monotonic()
@@ -113,13 +149,26 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     assert len(said) == 1 and "another of the 2 processes" in said[0], out
 
 
+@pytest.mark.parametrize(
+    "script, last", [("main_moco.py", "checkpoint_last.pth.tar"), ("main_lincls.py", "linear_last.pth.tar")]
+)
+def test_only_one_of_two_machines_finds_the_checkpoint(script, last, tmp_path):
+    """It would go on while the other one begins."""
+    words = f"{TINY} --resume auto --world-size 2 --dist-url tcp://localhost:{free_port()} --output-dir".split()
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "1" / last).touch()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [start(script, *words, str(tmp_path / str(r)), "--rank", str(r), env=environment) for r in (0, 1)]
+    out = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [2, 2] and "only some machines find a checkpoint" in out[0], out
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_do_not_meet(rank, run, monkeypatch):
     """A missing rank, a master that is not there: a clear line when the patience (ten minutes) ends."""
     monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=2))
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     done = run("main_moco.py", TINY_MOCO, f"--world-size 2 --rank {rank} --dist-url tcp://localhost:{port}")
     said = [line for line in done.err.splitlines() if "error: " in line]
     assert done.status == 1 and len(said) == 1 and "could not meet" in said[0], done.err

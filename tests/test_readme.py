@@ -164,6 +164,10 @@ def test_a_row_scaled_down(run, tmp_path):
     assert done.status == 0, done.err
     other = run("scripts/reproduce.py", *words, f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
     assert other.status == 2 and "begun with other options" in other.err
+    for more, says in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
+        wrong = run("scripts/reproduce.py", words[0], where, f"nowhere --name wrong --pretrain '{more}'")
+        assert wrong.status in (1, 2) and says in wrong.err and "goes on" not in wrong.err
+        assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()
     (path,) = (tmp_path / "results").iterdir()
     result = json.loads(path.read_text())
     assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)

@@ -106,6 +106,8 @@ def test_the_rows_without_a_queue(script, run, tmp_path):
     words = [TINY, "--recipe supcon --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
     done = run("main_lincls.py", *words, "--output-dir", tmp_path)
     assert done.status == 0 and "result: top1=" in done.out
+    again = run("main_lincls.py", "-e --dataset digits --resume", tmp_path / "model_best.pth.tar")
+    assert again.out.strip() == done.out.splitlines()[-1]  # with that recipe's images
 
 
 def test_two_processes_are_one_with_two_splits(tmp_path):

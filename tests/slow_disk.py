@@ -1,0 +1,21 @@
+"""slow_disk.py SCRIPT ...: runs a script to which every checkpoint takes two minutes, and is never saved."""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco import checkpoint  # noqa: E402
+
+
+def save(*rest):
+    print("saving", flush=True)
+    time.sleep(120)
+
+
+checkpoint.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

@@ -3,6 +3,7 @@
 Every function works without an initialised process group: then there is one process.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -116,7 +117,10 @@ def complain(error, rank=0):
         print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
-    if dist.is_initialized():  # a group whose processes go one by one can hang or abort when Python tidies up
+    if (
+        dist.is_initialized()
+    ):  # a group whose processes go one by one can hang or abort as the interpreter is taken down
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(error.status)
     sys.exit(error.status)

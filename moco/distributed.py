@@ -117,9 +117,8 @@ def complain(error, rank=0):
         print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
-    if (
-        dist.is_initialized()
-    ):  # a group whose processes go one by one can hang or abort as the interpreter is taken down
+    if dist.is_initialized():
+        # A group whose processes go one by one can hang or abort while the interpreter is taken down.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(error.status)

@@ -72,8 +72,8 @@ class MoCo(nn.Module):
         Returns:
             float32 scalar, the mean loss of this process's queries. The queue has taken up the step's keys.
         """
+        k, order = self.keys(im_k, order)  # first: its activations are gone when those of the queries come
         q = self.encode(self.encoder_q, im_q)
-        k, order = self.keys(im_k, order)
         # Similarities are float32 even where the encoders run in bfloat16 (autocast).
         with torch.autocast(q.device.type, enabled=False):
             k_all = unshuffle(distributed.all_gather(k), order)
@@ -132,8 +132,8 @@ class LabelAwareMoCo(MoCo):
 
     def forward(self, im_q, im_k, labels, *, order=None):
         """As MoCo.forward; labels: (N,) int64 of this process's queries, -1 for an image that matches nothing."""
-        q = self.encode(self.encoder_q, im_q)
         k, order = self.keys(im_k, order)
+        q = self.encode(self.encoder_q, im_q)
         with torch.autocast(q.device.type, enabled=False):
             # One gather a step: a label travels beside a key, its 64 bits in the place of two floats.
             packed = distributed.all_gather(torch.cat([k, labels.view(-1, 1).view(torch.float32)], dim=1))

@@ -129,7 +129,7 @@ def evaluate(device, args):
             row = dict(loss=loss, lr=lr, top1=top1, top5=top5, images_per_second=speed, seconds=progress.seconds)
             log.add(epoch, **row)
             check_unchanged(encoder, before)
-            checkpoint.check_finite(encoder.state_dict(), f"after epoch {epoch}")
+            checkpoint.check_finite(classifier.state_dict(), f"after epoch {epoch}")
             if distributed.rank() == 0:
                 save(writer, encoder, optimizer, epoch, best, args)
             if distributed.all_sum(torch.tensor([int(interruption.asked)], device=device)) > 0:

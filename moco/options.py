@@ -75,7 +75,7 @@ def pretrain_parser(description):
         type=count,
         default=5,
         metavar="N",
-        help="epochs from lr 0 to lr (default: 5; without a queue 10 from lr 0.01, and none up to a batch of 256)",
+        help="epochs from lr 0 to lr (default: 5); without a queue 10 from lr 0.01, and none up to a batch of 256",
     )
     parser.add_argument(
         "--aug-plus",

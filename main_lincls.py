@@ -62,8 +62,7 @@ def evaluate(device, args):
 
     if trained:
         args.seed = theirs.get("seed") if args.seed is None else args.seed
-        for line in checkpoint.compare_options(theirs, args, source):
-            say(f"note: {line}")
+        checkpoint.compare_options(theirs, args, source)
     args.seed = options.shared_seed(args.seed, device)
     split = data.load(args, True, device)
     args.compile = bool(args.compile)
@@ -79,12 +78,10 @@ def evaluate(device, args):
     first_epoch, best = args.start_epoch, None
     if trained:
         try:
-            optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.load_optimizer(optimizer, saved["optimizer"], args)
             first_epoch, best = args.start_epoch or int(saved["epoch"]), saved["best"]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"checkpoint '{source}' cannot be resumed: {error}") from None
-        for group in optimizer.param_groups:
-            group.update(momentum=args.momentum, weight_decay=args.weight_decay)
         say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
         backbone.compile()

@@ -209,6 +209,13 @@ def load_state(module, state_dict, path):
     module.load_state_dict(state_dict)
 
 
+def load_optimizer(optimizer, state, args):
+    """Its momentum buffers; the momentum and the weight decay are those of the command line."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+
+
 def find(args, device, last=LAST):
     """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
     if args.resume != "auto":
@@ -223,7 +230,7 @@ def find(args, device, last=LAST):
 
 
 def compare_options(options, args, path):
-    """Stops at options that would silently make a resumed run another one; returns the lines that announce the rest."""
+    """Stops at options that would silently make a resumed run another one, announces the change of others."""
     now = vars(args)
 
     def flag(name):
@@ -242,4 +249,5 @@ def compare_options(options, args, path):
                 f"this run has {here}"
             )
         raise UsageError(f"checkpoint '{path}' was trained with {flag(name)} {there}, this run has {here}")
-    return [f"{flag(name)} was {there} and is now {here}" for name, there, here in differ(ANNOUNCED)]
+    for name, there, here in differ(ANNOUNCED):
+        say(f"note: {flag(name)} was {there} and is now {here}")

@@ -170,8 +170,7 @@ def prepare(args, device, model_class):
     if resumed:
         if resumed.get("arch") != args.arch:
             raise UsageError(f"checkpoint '{path}' was trained with -a {resumed.get('arch')}, this run has {args.arch}")
-        for line in checkpoint.compare_options(saved, args, path):
-            say(f"note: {line}")
+        checkpoint.compare_options(saved, args, path)
         resumed["path"] = path
     return resumed
 
@@ -181,7 +180,7 @@ def restore(resumed, model, optimizer, losses, health, args):
     path = resumed["path"]
     checkpoint.load_state(model, resumed["state_dict"], path)
     try:
-        optimizer.load_state_dict(resumed["optimizer"])
+        checkpoint.load_optimizer(optimizer, resumed["optimizer"], args)
         epoch, step, seconds = int(resumed["epoch"]), int(resumed.get("step", 0)), float(resumed.get("seconds", 0))
         if args.start_epoch and args.start_epoch != epoch:
             epoch, step, seconds = args.start_epoch, 0, 0.0
@@ -191,8 +190,6 @@ def restore(resumed, model, optimizer, losses, health, args):
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
-    for group in optimizer.param_groups:
-        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
     if epoch >= args.epochs:
         say(f"'{path}' has all of its {args.epochs} epochs: there is nothing left to do")
     return epoch, step, seconds

@@ -164,9 +164,9 @@ def reproduce(key, args, seed):
     """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
     if not Path(args.data).is_dir() and "--dataset" not in args.pretrain:
         raise UsageError(f"data folder '{args.data}' does not exist (make one, and CIFAR-10 is downloaded to it)")
-    arch, epochs = ("resnet20", 15) if args.small else ("resnet50", ROWS[key].epochs)
-    pieces = [args.arch or arch, f"{args.epochs or epochs}ep", *([f"{args.per_class}pc"] if args.per_class else [])]
-    name = args.name or "-".join(pieces)
+    pretrain = commands(key, args, seed, "")[0]
+    arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
+    name = args.name or f"{arch}-{epochs}ep" + (f"-{args.per_class}pc" if args.per_class else "")
     folder = args.runs / f"{key}-{name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "begun.json"

@@ -76,8 +76,7 @@ def main():
             scores = []
             for seed in args.seeds:
                 if args.print:
-                    for command in commands(key, args, seed, "RUN"):
-                        print(shlex.join(command))
+                    print("\n".join(shlex.join(command) for command in commands(key, args, seed, "RUN")))
                 else:
                     scores.append(reproduce(key, args, seed))
             if len(scores) > 1:

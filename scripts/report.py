@@ -213,10 +213,10 @@ def draw(runs, folder):
                 times = [s / 60 if time == "minute" else i + 1 for i, s in enumerate(seconds)]
                 values = [math.nan if entry.get(what) is None else entry[what] for entry in run["curve"]]
                 measured = np.isfinite(values)  # kNN is not, in every epoch
-                panel.plot(np.array(times)[measured], np.array(values)[measured], label=name)
+                panel.plot(np.array(times)[measured], np.array(values)[measured], f"C{order(name)}", label=name)
             panel.set(xlabel=f"{time}s", ylabel={"loss": "loss", "knn": "kNN, top-1 in %"}[what])
         row[0].set_title(title, loc="left")
-        row[-1].legend(fontsize=8)
+        row[0].legend(fontsize=8)
     figure.savefig(folder / "curves.png", dpi=80)
     plt.close(figure)
 

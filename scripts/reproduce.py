@@ -76,7 +76,8 @@ def main():
             scores = []
             for seed in args.seeds:
                 if args.print:
-                    print("\n".join(shlex.join(command) for command in commands(key, args, seed, "RUN")))
+                    for command in commands(key, args, seed, "RUN"):
+                        print(shlex.join(command))
                 else:
                     scores.append(reproduce(key, args, seed))
             if len(scores) > 1:

@@ -1,6 +1,5 @@
 """What the README shows: its commands run, its table is what results/ says, its example of a variant trains."""
 
-import csv
 import json
 import re
 import shlex
@@ -8,6 +7,8 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY
+
+from moco import logs
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -155,17 +156,15 @@ def test_rows_and_recipes(run):
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 15 -b 256 --aug-plus --warm-up 1"
         assert same in line
     for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
-        knn = {path.stem.split("-")[1]: last_knn(path) for path in (ROOT / "results/lr").glob(f"{key}-*.csv")}
+        knn = {
+            path.stem.split("-")[1]: float(logs.read(path)[-1]["knn"])
+            for path in (ROOT / "results/lr").glob(f"{key}-*.csv")
+        }
         (line,) = [line for line in small if f"main_{script}.py" in line]
         assert f"--lr {max(knn, key=knn.get)} " in line
         assert all(f"{value:.1f}" in README for value in knn.values())
     refused = run("scripts/reproduce.py", "in-300 data/")
     assert refused.status == 2 and "unknown row 'in-300'" in refused.err
-
-
-def last_knn(log):
-    """Of an epoch's row in a log."""
-    return float(list(csv.DictReader(log.open()))[-1]["knn"])
 
 
 def test_a_row_scaled_down(run, tmp_path):

@@ -14,10 +14,16 @@ from moco.errors import RunError
 
 
 def say(text):
-    """A line on stdout, from the first process alone."""
-    if distributed.rank() == 0:
+    """A line on stdout, from the first process alone. RunError: its reader is gone, or its disk is full."""
+    if distributed.rank() != 0:
+        return
+    try:
         tqdm.write(text)
         sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered must go somewhere when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunError(f"stdout cannot be written: {error.strerror}", alone=True) from None
 
 
 class Progress:
@@ -71,11 +77,10 @@ class Progress:
             self.bar.set_postfix({**values, "images/s": f"{self.images_per_second:.0f}"}, refresh=False)
             return
         shown = "  ".join(f"{name} {value}" for name, value in values.items())
-        print(
+        say(
             f"Epoch: [{self.epoch}][{done:{len(str(self.steps))}}/{self.steps}]  Time {step_time:.3f}  "
             f"Data {data_time:.3f}  {shown}  images/s {self.images_per_second:.0f}  "
-            f"ETA {timedelta(seconds=round(left))}",
-            flush=True,
+            f"ETA {timedelta(seconds=round(left))}"
         )
 
     def close(self):

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from picture import scatter
-from reproduce import ROOT, ROWS
+from reproduce import ROOT, ROWS, by_option
 
 from moco import distributed, options
 from moco.errors import RunError, UsageError
@@ -32,6 +32,9 @@ FIGURES = {
     "loop_over_plain": "whole loop against the same with every speed-up off",
     "images_per_second": "images/s of the loop",
 }
+# Options that say where a run is kept, how it is watched and how fast it is, not what it computes.
+ASIDE = {"--seed", "--output-dir", "--pretrained", "--knn-freq", "--save-freq", "-p", "--print-freq", "-j", "--workers"}
+ASIDE |= {"--compile", "--no-compile"}
 
 
 def main():
@@ -91,7 +94,7 @@ def flaw(content, bench):
         return value in [row.name for row in ROWS.values()]
 
     def commands(value):
-        return isinstance(value, list) and value and all(text(line) for line in value)
+        return isinstance(value, list) and value and all(text(line) and len(line.split()) > 2 for line in value)
 
     def curve(value):
         entries = value if isinstance(value, list) and len(value) == content["epochs"] else [None]
@@ -129,25 +132,78 @@ def table(runs):
         "| | script | epochs | published top-1 / top-5 | ours | hardware | time |",
         "|---|---|---|---|---|---|---|",
     ]
+    full = [r for r in runs if is_full(r)]
     for row in ROWS.values():
-        mine = [r for r in runs if r["row"] == row.name and r["epochs"] == row.epochs and is_full(r)]
+        mine = [r for r in full if is_published(r, row)]
         top5 = "-" if row.top5 is None else row.top5
-        cells = [row.name, f"`{row.script}`", row.epochs, f"{row.top1} / {top5}", *ours(mine)]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    small = [r for r in runs if not is_full(r)]
+        lines.append(cells(row.name, f"`{row.script}`", row.epochs, f"{row.top1} / {top5}", *ours(mine)))
+    other = grouped(r for r in full if not any(is_published(r, row) for row in ROWS.values()))
+    if other:
+        lines += ["", "The same network and images with other options than the row's, or for other epochs:", ""]
+        lines += ["| | epochs | options | kNN | top-1 / top-5 | hardware | time |", "|---|---|---|---|---|---|---|"]
+    for mine in other:
+        lines.append(cells(mine[0]["row"], mine[0]["epochs"], difference(mine[0]), knn(mine), *ours(mine)))
+    small = grouped(r for r in runs if not is_full(r))
     if small:
         lines += ["", "What a machine without a GPU can do (a mean over seeds where there are several):", ""]
         lines += ["| | data | network | epochs | views, precision | kNN | top-1 / top-5 | hardware | time |"]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
-        groups = {}
-        for run in small:
-            key = (run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"]))
-            groups.setdefault(key, []).append(run)
-        for (dataset, arch, epochs, manner, _), mine in sorted(groups.items()):
-            knn = spread([r["knn"] for r in mine if r.get("knn") is not None], 1)
-            cells = [mine[0]["row"], dataset, arch, epochs, manner, knn, *ours(mine)]
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for mine in small:
+        what = (mine[0][name] for name in ("row", "dataset", "arch", "epochs"))
+        lines.append(cells(*what, how(mine[0]), knn(mine), *ours(mine)))
     return "\n".join(lines) + "\n"
+
+
+def cells(*values):
+    return f"| {' | '.join(str(value) for value in values)} |"
+
+
+def grouped(runs):
+    """Lists of runs that differ in nothing but the seed."""
+    groups = {}
+    for run in runs:
+        key = (run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"]), str(settings(run["commands"])))
+        groups.setdefault(key, []).append(run)
+    return [group for _, group in sorted(groups.items())]
+
+
+def settings(commands):
+    """The options on which the result of a run's command lines depends: script -> option -> values."""
+    found = {}
+    for line in commands:
+        script, *words, _ = line.split()[1:]  # the data folder comes last
+        found[script] = {name: values for name, values in sorted(by_option(words).items()) if name not in ASIDE}
+    return found
+
+
+def published(row):
+    lines = [f"python {row.script} {row.options} --epochs {row.epochs} data/"]
+    return settings(lines + [f"python main_lincls.py {row.linear} data/"] * (row.linear is not None))
+
+
+def is_published(run, row):
+    """Is it this row of the table, nothing changed?"""
+    return run["row"] == row.name and settings(run["commands"]) == published(row)
+
+
+def difference(run):
+    """The options of a run that its method's first row does not have."""
+    row = published(next(row for row in ROWS.values() if row.name == run["row"]))
+    texts = []
+    for script, given in settings(run["commands"]).items():
+        linear = script == "main_lincls.py"
+        other = [
+            " ".join([name, *values])
+            for name, values in given.items()
+            if row.get(script, {}).get(name) != values and (linear or name != "--epochs")
+        ]
+        if other:
+            texts.append(f"{'linear: ' * linear}`{' '.join(other)}`")
+    return ", ".join(texts)
+
+
+def knn(runs):
+    return spread([r["knn"] for r in runs if r.get("knn") is not None], 1)
 
 
 def is_full(run):

@@ -32,6 +32,7 @@ from picture import embedding  # noqa: E402
 
 from moco import checkpoint, distributed, logs, options  # noqa: E402
 from moco.errors import RunError, UsageError  # noqa: E402
+from moco.logs import say  # noqa: E402
 
 MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2"  # two GPUs in one process
 LINEAR = "-a resnet50 --lr 1.0 -b 256"
@@ -77,12 +78,12 @@ def main():
             for seed in args.seeds:
                 if args.print:
                     for command in commands(key, args, seed, "RUN"):
-                        print(shlex.join(command))
+                        say(shlex.join(command))
                 else:
                     scores.append(reproduce(key, args, seed))
             if len(scores) > 1:
                 spread = statistics.stdev(scores)
-                print(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
+                say(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
     except (UsageError, RunError) as error:
         distributed.complain(error)
     except KeyboardInterrupt:
@@ -151,14 +152,19 @@ def commands(key, args, seed, folder):
 
 def last_of_each(words):
     """Options with their values; of one that is given twice, the last."""
+    return [word for name, values in by_option(words).items() for word in (name, *values)]
+
+
+def by_option(words):
+    """The values of each option; of one that is given twice, the last."""
     options = {}
     for word in words:
         if word.startswith("-"):
             options.pop(word, None)
             options[name := word] = []
-        else:
+        elif options:
             options[name].append(word)
-    return [word for name, values in options.items() for word in (name, *values)]
+    return options
 
 
 def reproduce(key, args, seed):
@@ -180,7 +186,7 @@ def reproduce(key, args, seed):
     if facts.get("commands") != lines:
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
     for line in lines:
-        print(f"$ {line}", flush=True)
+        say(f"$ {line}")
         command = shlex.split(line)
         status = call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
         if status > 128:
@@ -231,7 +237,7 @@ def reproduce(key, args, seed):
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{key}-{facts['hardware']['name']}-{name}-seed{seed}.json"
     write_json(path, result)
-    print(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
+    say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
     return result["top1"]
 
 
@@ -277,7 +283,8 @@ def numbers(row):
 def describe_hardware():
     if torch.cuda.is_available():
         title, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
-        return {"name": title.split()[-1].lower(), "device": f"{count} x {title}", "cores": os.cpu_count()}
+        name = "-".join(title.lower().removeprefix("nvidia ").split()) + (f"-x{count}" if count > 1 else "")
+        return {"name": name, "device": f"{count} x {title}", "cores": os.cpu_count()}
     cores = os.cpu_count()
     return {"name": f"cpu{cores}", "device": cpu_model(), "cores": cores}
 

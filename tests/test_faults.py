@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,26 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     os.kill(run.pid, signal.SIGINT)
     out = run.communicate(timeout=30)[0]
     assert run.returncode == -signal.SIGINT and "stopped" not in out and "Traceback" not in out, out
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["reader gone", "disk full"])
+def test_output_that_cannot_be_written_stops_the_run(tmp_path, full):
+    if full and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    for script, words in (
+        ("main_moco.py", f"{TINY_MOCO} --epochs 1 --output-dir {tmp_path}"),
+        ("scripts/reproduce.py", "--print"),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        if full:
+            os.close(writer)
+            writer = os.open("/dev/full", os.O_WRONLY)
+        command = [sys.executable, str(ROOT / script), *words.split()]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+        os.close(writer)
+        says = f"{Path(script).name}: error: stdout cannot be written: "
+        assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done
 
 
 def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):

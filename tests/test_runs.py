@@ -273,14 +273,3 @@ def test_the_seed_is_drawn_shown_and_kept(run, tmp_path):
     assert f"--seed {seed}" in done.out
     run("main_moco_out.py", words, "--epochs 2 --resume auto --output-dir", tmp_path)
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["options"]["seed"] == seed
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: none here")
-def test_on_a_gpu(run, tmp_path):
-    """bf16 and fp32, compiled or not, on the device; the loss is the CPU's."""
-    losses = []
-    for extra in ("--precision bf16", "--precision fp32", "--precision fp32 --compile"):
-        done = run("main_moco_out.py", TINY_MOCO, extra, "--epochs 1 --output-dir", tmp_path / extra[-4:])
-        assert done.status == 0, done.err
-        losses.append(printed_losses(done.out)[0])
-    assert max(losses) - min(losses) < 0.05

@@ -142,7 +142,8 @@ def table(runs):
         lines += ["", "The same network and images with other options than the row's, or for other epochs:", ""]
         lines += ["| | epochs | options | kNN | top-1 / top-5 | hardware | time |", "|---|---|---|---|---|---|---|"]
     for mine in other:
-        lines.append(cells(mine[0]["row"], mine[0]["epochs"], difference(mine[0]), knn(mine), *ours(mine)))
+        what = ", ".join(difference(mine[0]))
+        lines.append(cells(mine[0]["row"], mine[0]["epochs"], what, knn(mine), *ours(mine)))
     small = grouped(r for r in runs if not is_full(r))
     if small:
         lines += ["", "What a machine without a GPU can do (a mean over seeds where there are several):", ""]
@@ -150,7 +151,8 @@ def table(runs):
         lines += ["|---|---|---|---|---|---|---|---|---|"]
     for mine in small:
         what = (mine[0][name] for name in ("row", "dataset", "arch", "epochs"))
-        lines.append(cells(*what, how(mine[0]), knn(mine), *ours(mine)))
+        manner = ", ".join([how(mine[0]), *unlike(mine[0], small)])
+        lines.append(cells(*what, manner, knn(mine), *ours(mine)))
     return "\n".join(lines) + "\n"
 
 
@@ -187,19 +189,25 @@ def is_published(run, row):
 
 
 def difference(run):
-    """The options of a run that its method's first row does not have."""
+    """The options of a run that its method's first row does not have, in backquotes."""
     row = published(next(row for row in ROWS.values() if row.name == run["row"]))
-    texts = []
+    found = []
     for script, given in settings(run["commands"]).items():
         linear = script == "main_lincls.py"
-        other = [
-            " ".join([name, *values])
-            for name, values in given.items()
-            if row.get(script, {}).get(name) != values and (linear or name != "--epochs")
-        ]
-        if other:
-            texts.append(f"{'linear: ' * linear}`{' '.join(other)}`")
-    return ", ".join(texts)
+        for name, values in given.items():
+            if row.get(script, {}).get(name) != values and (linear or name != "--epochs"):
+                found.append(f"{'linear: ' * linear}`{' '.join([name, *values])}`")
+    return found
+
+
+def alike(run):
+    return run["row"], run["dataset"], run["arch"], run["epochs"], how(run)
+
+
+def unlike(run, groups):
+    """What tells a run from the others of its method, data, network, epochs and manner."""
+    others = [difference(group[0]) for group in groups if alike(group[0]) == alike(run)]
+    return [text for text in difference(run) if not all(text in other for other in others)]
 
 
 def knn(runs):
@@ -239,9 +247,10 @@ def spread(values, digits):
 
 
 def comparisons(runs):
-    """The first run of each method, by (data set, network, epochs, manner), wherever there are several methods."""
+    """A run of each method, by (data set, network, epochs, manner), wherever there are several methods: the one with
+    the fewest options of its own, and the first seed."""
     groups = {}
-    for run in sorted(runs, key=lambda run: (order(run["row"]), run["seed"])):
+    for run in sorted(runs, key=lambda run: (order(run["row"]), len(difference(run)), run["seed"])):
         title = f"{run['dataset']}, {run['arch']}, {run['epochs']} epochs, {how(run)}"
         groups.setdefault(title, {}).setdefault(run["row"], run)
     return {title: methods for title, methods in sorted(groups.items()) if len(methods) > 1}

@@ -136,11 +136,11 @@ def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(README)
 
-    def written(number, row, words, top1, seed=0):
+    def written(number, row, words, top1, seed=0, arch="resnet50"):
         lines = run("scripts/reproduce.py", "--print", words, "--seeds", str(seed)).out.splitlines()
         epochs = int(re.search(r"--epochs (\d+)", lines[0])[1])
         curve = [dict(epoch=e, loss=5.0, lr=0.1, seconds=9.0, knn=None) for e in range(epochs)]
-        changes = dict(arch="resnet50", epochs=epochs, curve=curve, commands=lines, top1=top1, seed=seed)
+        changes = dict(arch=arch, epochs=epochs, curve=curve, commands=lines, top1=top1, seed=seed)
         (tmp_path / f"{number}.json").write_text(json.dumps(on_file(row, **changes)))
 
     label_in, label_out = "MoCo v2 + SupContrast_In", "MoCo v2 + SupContrast_Out"
@@ -148,11 +148,15 @@ def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
     written(2, label_in, "in-200", 95.2, seed=1)
     written(3, label_in, "in-200 --pretrain '--lr 0.5' --linear '--wd 1e-6'", 90.0)
     written(4, label_out, "out-1000 --epochs 200", 94.0)
+    written(5, label_out, "--small out-1000", 65.0, arch="resnet20")
+    written(6, label_out, "--small out-1000 --pretrain '--moco-t 0.1'", 66.0, arch="resnet20")
     assert run("scripts/report.py", "--results", tmp_path, "--readme", readme).status == 0
     text = readme.read_text()
     assert f"| {label_in} | `main_moco_in.py` | 200 | 95.4 / 99.9 | 95.1 ± 0.1 (2 seeds) / 95.0" in text
     assert f"| {label_in} | 200 | `--lr 0.5`, linear: `--wd 1e-6` | 40.0 | 90.0 / 95.0 |" in text
     assert f"| {label_out} | 200 |  | 40.0 | 94.0 / 95.0 |" in text
+    small = f"| {label_out} | cifar10 | resnet20 | 15 | batched, fp32"
+    assert f"{small} | 40.0 | 65.0 / 95.0 |" in text and f"{small}, `--moco-t 0.1` | 40.0 | 66.0 / 95.0 |" in text
 
 
 def test_rows_and_recipes(run):

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -307,7 +308,9 @@ def commit():
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + ("-changed" if git("status", "--porcelain", "*.py") else "")
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return "unknown"
+    return git("rev-parse", "HEAD") + ("-changed" if git("status", "--porcelain", "*.py") else "")
 
 
 def read_json(path):

@@ -17,7 +17,7 @@ demo: .venv/installed
 	  --pretrained demo/checkpoint_last.pth.tar --output-dir demo
 	@$(BIN)/python scripts/picture.py demo > /dev/null
 	@echo
-	@echo "The result above is the linear classifier's accuracy on 360 digits it has not seen, in percent."
+	@echo "The result above is the linear classifier's accuracy on 360 digits it has not seen, in percent, at its best epoch."
 	@echo "logs         demo/log.csv  demo/linear.csv  demo/tensorboard/"
 	@echo "checkpoints  demo/checkpoint_last.pth.tar  demo/model_best.pth.tar"
 	@echo "picture      demo/picture.png"

@@ -52,7 +52,6 @@ def evaluate(device, args):
     encoder = encoders.build(args.arch, args.stem)(num_classes=classes)
     load_encoder(encoder, weights, source, classifier=trained)
     encoder.to(device, memory_format=torch.channels_last)
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
     backbone, classifier = frozen(encoder), encoder.fc
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)
@@ -65,7 +64,13 @@ def evaluate(device, args):
         checkpoint.compare_options(theirs, args, source)
     args.seed = options.shared_seed(args.seed, device)
     split = data.load(args, True, device)
-    args.compile = bool(args.compile)
+    args.images, args.classes = len(split), split.classes
+    if classes < 2:
+        raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
+    if trained:
+        checkpoint.compare_data(saved, args, source)
+    if args.compile is None:
+        args.compile = options.pays_to_compile(-(-len(split) // args.batch_size) * args.epochs, device)
     recipe = replace(args.train_views, size=args.image_size)
     batches = data.Batches(split, [recipe], args, device, drop_last=False)
     optimizer = torch.optim.SGD(
@@ -79,24 +84,26 @@ def evaluate(device, args):
     if trained:
         try:
             checkpoint.load_optimizer(optimizer, saved["optimizer"], args)
-            first_epoch, best = args.start_epoch or int(saved["epoch"]), saved["best"]
+            first_epoch, best = int(saved["epoch"]), saved["best"]
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"checkpoint '{source}' cannot be resumed: {error}") from None
-        say(f"going on with epoch {first_epoch} of '{source}'")
+        if first_epoch < args.epochs:
+            say(f"going on with epoch {first_epoch} of '{source}'")
     if args.compile:
-        backbone.compile()
+        backbone.compile(dynamic=False)  # of the few sizes that batches have, the last ones included
     log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
     say(
         f"linear classifier of {classes} classes on {args.arch} from '{source}': {len(split):,} images, {len(batches)} steps an epoch"
     )
 
+    seconds = 0.0
     with checkpoint.Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         for epoch in range(first_epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = torch.zeros(len(batches), device=device)
-            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size)
+            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, seconds=seconds)
             for step, ((images,), labels, _) in enumerate(progress.waited_for(batches.epoch(epoch))):
                 features = backbone_features(backbone, images, args, device)
                 # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
@@ -125,12 +132,12 @@ def evaluate(device, args):
             )
             row = dict(loss=loss, lr=lr, top1=top1, top5=top5, images_per_second=speed, seconds=progress.seconds)
             log.add(epoch, **row)
-            check_unchanged(encoder, before)
             checkpoint.check_finite(classifier.state_dict(), f"after epoch {epoch}")
             if distributed.rank() == 0:
                 save(writer, encoder, optimizer, epoch, best, args)
             if distributed.all_sum(torch.tensor([int(interruption.asked)], device=device)) > 0:
                 interruption.leave(writer, f"after epoch {epoch}")
+            seconds = progress.seconds - row["seconds"]
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
@@ -146,7 +153,7 @@ def encoder_weights(state_dict, path):
         for name, value in zip(names, state_dict.values(), strict=True)
         if name.startswith(prefix)
     }
-    if "conv1.weight" not in weights:
+    if "conv1.weight" not in weights or weights["conv1.weight"].dim() != 4:
         raise RunError(f"checkpoint '{path}' holds no ResNet: neither encoder_q.conv1.weight nor conv1.weight is there")
     return weights
 
@@ -170,7 +177,11 @@ def take_options(args, saved, theirs, weights, path):
         raise UsageError(f"checkpoint '{path}' was trained with -a {arch}, not {args.arch}")
     args.stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     args.image_size = args.image_size or theirs.get("image_size") or (32 if args.stem == "cifar" else 224)
-    args.mean, args.std = args.mean or theirs.get("mean"), args.std or theirs.get("std")
+    mean, std = data.IMAGENET if args.stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
+    args.mean, args.std = args.mean or theirs.get("mean", mean), args.std or theirs.get("std", std)
+    if args.dataset == "auto":
+        possible = ["digits"] if args.data is None else data.candidates(args.data) if Path(args.data).is_dir() else []
+        args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
 
 
 def load_encoder(encoder, weights, path, classifier):
@@ -206,13 +217,6 @@ def validate(backbone, classifier, split, args, device):
     for images, labels in data.Centres(split, args, device, crop=args.centre_crop):
         hits += topk_hits(classifier(backbone_features(backbone, images, args, device)), labels)
     return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
-
-
-def check_unchanged(encoder, before):
-    """Every weight but the classifier's must be the pretrained one, bit for bit."""
-    for name, value in encoder.state_dict().items():
-        if not name.startswith("fc.") and not torch.equal(value, before[name]):
-            raise RunError(f"the frozen encoder has changed: {name} differs from the checkpoint's")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 with s(i, a) = q_i . a / T, A the step's keys and the queue, P(i) those with the query's label. Its table row:
 
     python main_moco_out.py -a resnet50 --lr 0.12 -b 256 --epochs 1000 --moco-k 4096 \\
-      --mlp --moco-t 0.2 --aug-plus --cos data/
+      --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2 data/
 """
 
 from moco import pretrain

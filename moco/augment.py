@@ -6,6 +6,7 @@ and blurs are linear in rows and in columns, so that each is two batched matrix 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from PIL import ImageFilter
@@ -189,7 +190,7 @@ def linear(x, by_rows, by_columns):
     """x (N, H, 3, W) -> (N, S, 3, S), with the matrices (N, S, H) and (N, S, W)."""
     n, height, channels, width = x.shape
     x = torch.bmm(by_rows, x.reshape(n, height, channels * width))
-    x = torch.bmm(x.view(n, -1, width), by_columns.transpose(1, 2))
+    x = torch.bmm(x.view(n, by_rows.shape[1] * channels, width), by_columns.transpose(1, 2))
     return x.view(n, by_rows.shape[1], channels, by_columns.shape[1])
 
 
@@ -298,6 +299,14 @@ def finish(x, mean, std):
 
 
 def statistics(mean, std, device):
+    return constants(tuple(mean), tuple(std), torch.device(device))
+
+
+# These two are made once: a transfer to a GPU makes the host wait for it.
+
+
+@cache
+def constants(mean, std, device):
     return [255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1) for values in (mean, std)]
 
 
@@ -328,6 +337,7 @@ def as_they_are(images, size, mean, std):
     return finish(x, *statistics(mean, std, images.device))
 
 
+@cache
 def resizing(size, out, device):
     """(1, out, size): resizes a whole row of pixels."""
     start, length = torch.tensor([[0.0], [size]], device=device)

@@ -163,8 +163,7 @@ class LabelAwareMoCo(MoCo):
         keys = torch.cat([k.T, self.queue], dim=1)  # a copy: the queue moves on before the backward pass
         key_labels = torch.cat([k_labels, self.label_queue])
         positives = (labels[:, None] == key_labels) & (labels[:, None] != UNLABELLED)
-        rows = torch.arange(len(q), device=q.device)
-        positives[rows, own + rows] = True
+        positives[:, own : own + len(q)].fill_diagonal_(True)
         return q @ keys / self.T, positives
 
 

@@ -2,7 +2,7 @@
 and what resuming needs besides. A checkpoint is data, not a program: it is loaded with `weights_only=True`.
 """
 
-import copy
+import contextlib
 import os
 import pickle
 import shutil
@@ -67,7 +67,8 @@ def save(path, checkpoint, kept=None):
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__context__
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         whole = " (the one before it is whole)" if path.exists() else ""
         raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
@@ -83,6 +84,16 @@ def second_name(path, name):
     os.replace(beside, name)
 
 
+def on_host(content):
+    """A copy in the host's memory. Of tensors on a GPU it is whole when the GPU comes to this point, later than now."""
+    if isinstance(content, torch.Tensor):
+        content = content.detach()
+        return content.to("cpu", non_blocking=True) if content.is_cuda else content.clone()
+    if isinstance(content, dict):
+        return {name: on_host(value) for name, value in content.items()}
+    return [on_host(value) for value in content] if isinstance(content, list) else content
+
+
 class Writer:
     """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch.
 
@@ -96,7 +107,17 @@ class Writer:
     def save(self, path, checkpoint, kept=None):
         """`save`, of the checkpoint as it is now."""
         self.finish()
-        self.writing = self.thread.submit(save, path, copy.deepcopy(checkpoint), kept)
+        content = on_host(checkpoint)
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if copied:
+            copied.record()
+        self.writing = self.thread.submit(self.write, copied, path, content, kept)
+
+    @staticmethod
+    def write(copied, path, content, kept):
+        if copied:
+            copied.synchronize()
+        save(path, content, kept)
 
     def finish(self):
         """Waits for the last one; raises the RunError that it ended with."""
@@ -181,7 +202,12 @@ def load(path):
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
     for name, value in checkpoint["state_dict"].items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        if (
+            not isinstance(name, str)
+            or not isinstance(value, torch.Tensor)
+            or value.layout != torch.strided
+            or value.is_meta
+        ):
             raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
@@ -218,15 +244,36 @@ def load_optimizer(optimizer, state, args):
 
 def find(args, device, last=LAST):
     """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
+    path = Path(args.output_dir, last)
+    if args.resume == "":
+        raise UsageError("--resume '' names no checkpoint")
+    if args.resume is None and path.is_file():
+        say(f"note: '{path}' is an earlier run's: this one replaces it (--resume auto goes on with it)")
     if args.resume != "auto":
         return args.resume
-    path = Path(args.output_dir, last)
     finders = distributed.all_sum(torch.tensor([int(path.is_file())], device=device)).item()
     if 0 < finders < distributed.world_size():
         raise UsageError(
             f"only some machines find a checkpoint to resume: they must share --output-dir {args.output_dir}"
         )
     return str(path) if finders else None
+
+
+def compare_data(saved, args, path):
+    """As `compare_options`, of what is known when the images are: their classes and their number."""
+    options = saved.get("options") if isinstance(saved.get("options"), dict) else {}
+    there, here = options.get("classes", args.classes), args.classes
+    if there != here:
+        other = [f"'{name}'" for name in there if name not in here] + [
+            f"'{name}'" for name in here if name not in there
+        ]
+        which = f" ({', '.join(other[:5])})" if other else ", in another order"
+        raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
+    there, here = options.get("images", args.images), args.images
+    if there != here and saved.get("step"):
+        raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {here}")
+    if there != here:
+        say(f"note: the training images were {there} and are now {here}")
 
 
 def compare_options(options, args, path):

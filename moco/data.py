@@ -24,6 +24,7 @@ from moco import augment, distributed
 from moco.errors import RunError, UsageError
 
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
     "imagefolder": CIFAR10,
     "cifar10": CIFAR10,
@@ -85,7 +86,24 @@ def resolve(args):
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"data folder '{folder}' {what} (to download CIFAR-10 to it, add --dataset cifar10)")
-    return "imagefolder" if (folder / "train").is_dir() else "cifar10"
+    if not (names := candidates(folder)):  # it is not ours to download to
+        raise UsageError(
+            f"'{folder}' has no train/ folder and is neither empty nor CIFAR-10's: name the folder that holds train/ "
+            "and val/, or an empty one to download CIFAR-10 to"
+        )
+    return names[0]
+
+
+def candidates(folder):
+    """The data sets that are in a folder, or can be downloaded to it since it is empty."""
+    if Path(folder, "train").is_dir():
+        return ["imagefolder"]
+    files = {
+        "cifar10": {"cifar-10-batches-py", "cifar-10-python.tar.gz"},
+        "cifar100": {"cifar-100-python", "cifar-100-python.tar.gz"},
+    }
+    inside = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    return [name for name, theirs in files.items() if inside & theirs or not inside]
 
 
 def load(args, train, device):
@@ -318,9 +336,9 @@ class Batches:
         for (batch, order), images in zip(steps, self.loader, strict=True):
             if isinstance(images, RunError):
                 raise images
-            made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             rows = self.rows(batch, 0, order)
-            yield list(made.split(len(rows))), self.labels[rows], order
+            made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield list(made.tensor_split(len(self.recipes))), self.labels[rows], order
 
     def workers(self, args):
         transforms = [recipe.transform(args.mean, args.std) for recipe in self.recipes]
@@ -361,6 +379,8 @@ def deaf(worker):
 
 def collate(items):
     broken = next((item for item in items if isinstance(item, Exception)), None)
+    if not items:  # a small last batch has fewer images than there are processes
+        return torch.empty(0, 3, 32, 32)
     return broken or torch.stack(items)
 
 
@@ -373,17 +393,17 @@ class Centres:
         self.labels = split.labels.to(device)
 
     def __iter__(self):
-        mine = range(distributed.rank(), len(self.split), distributed.world_size())
+        mine = torch.arange(len(self.split), device=self.device)[distributed.rank() :: distributed.world_size()]
         args = self.args
         with ThreadPoolExecutor(min(16, cores())) as pool:
-            for start in range(0, len(mine), self.batch):
-                rows = torch.tensor(mine[start : start + self.batch])
+            for rows in mine.split(self.batch):  # one batch at least, though it be empty
                 if self.split.images is not None:
                     images = self.split.images[rows.to(self.split.images.device)].to(self.device)
                     images = self.centre(images, args.image_size, args.mean, args.std)
                 else:
-                    images = torch.cat(list(pool.map(self.decoded, rows.tolist())))
-                yield images, self.labels[rows.to(self.device)]
+                    none = torch.empty(0, 3, args.image_size, args.image_size, device=self.device)
+                    images = torch.cat([none, *pool.map(self.decoded, rows.tolist())])
+                yield images, self.labels[rows]
 
     def decoded(self, index):
         image = torch.from_numpy(np.array(open_image(self.split.paths[index]))).permute(2, 0, 1)[None].to(self.device)

@@ -29,14 +29,15 @@ def say(text):
 class Progress:
     """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    An epoch that goes on from step `first` has taken `seconds` before.
+    An epoch that goes on from step `first` has taken `seconds` before; so has one that begins after the last epoch's
+    row was logged, while it was saved.
     """
 
     def __init__(self, epoch, epochs, steps, images_per_step, first=0, seconds=0.0):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
-        self.done = first
-        self.mark = time.perf_counter()
-        self.start = self.mark - seconds
+        self.first = self.done = first
+        self.begun = self.mark = time.perf_counter()
+        self.start = self.begun - seconds
         self.waiting = 0.0
         self.bar = None
         if distributed.rank() == 0 and sys.stdout.isatty():
@@ -60,7 +61,7 @@ class Progress:
 
     @property
     def images_per_second(self):
-        return self.done * self.images / max(self.seconds, 1e-9)
+        return (self.done - self.first) * self.images / max(time.perf_counter() - self.begun, 1e-9)
 
     def show(self, done, **values):
         """After `done` steps of the epoch."""
@@ -71,7 +72,7 @@ class Progress:
         moved, self.done = done - self.done, done
         if distributed.rank() != 0:
             return
-        left = self.seconds / max(done, 1) * (self.steps * (self.epochs - self.epoch) - done)
+        left = (self.steps * (self.epochs - self.epoch) - done) * self.images / self.images_per_second
         if self.bar is not None:
             self.bar.update(moved)
             self.bar.set_postfix({**values, "images/s": f"{self.images_per_second:.0f}"}, refresh=False)
@@ -89,9 +90,11 @@ class Progress:
 
 
 class Log:
-    """One row an epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard. Only the first process writes.
+    """One row an epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only the first process
+    writes.
 
-    A resumed run drops the rows from its first epoch on: each epoch is there once.
+    A resumed run drops the rows from its first epoch on: each epoch is there once. The log of an earlier run is
+    replaced when there is a first row to replace it.
     """
 
     def __init__(self, folder, name, columns, first_epoch=0):
@@ -100,16 +103,16 @@ class Log:
         if distributed.rank() != 0:
             return
         self.path = Path(folder, f"{name}.csv")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.write([row for row in read(self.path) if int(row["epoch"]) < first_epoch] if first_epoch else [])
-        except OSError as error:
-            raise RunError(f"'{self.path}' cannot be written: {error.strerror}") from None
+        self.rows = [row for row in read(self.path) if int(row["epoch"]) < first_epoch]
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self.writer = SummaryWriter(
-            os.path.join(folder, "tensorboard"), purge_step=first_epoch, filename_suffix=f".{name}"
-        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if first_epoch:
+                self.write(self.rows)
+            self.writer = SummaryWriter(os.path.join(folder, "tensorboard", name), purge_step=first_epoch)
+        except OSError as error:
+            raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
 
     def write(self, rows):
         beside = self.path.with_name(self.path.name + ".tmp")
@@ -127,12 +130,12 @@ class Log:
         row = {"epoch": epoch, **{name: rounded(value) for name, value in values.items()}}
         try:
             self.write([*self.rows, row])
+            for name, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
         except OSError as error:
-            raise RunError(f"'{self.path}' cannot be written: {error.strerror}") from None
-        for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, epoch)
-        self.writer.flush()
+            raise RunError(f"'{self.path}' or tensorboard/ beside it cannot be written: {error.strerror}") from None
 
     def close(self):
         if self.writer is not None:
@@ -147,5 +150,7 @@ def read(path):
     """The rows of a log, as dicts of strings; none, if there is no log. A row that was cut short is left out."""
     if not Path(path).is_file():
         return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdigit() and None not in row.values()]
+    with open(path, newline="", errors="replace") as file:
+        return [
+            row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal() and None not in row.values()
+        ]

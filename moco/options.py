@@ -44,9 +44,10 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high and (above is None or value > above)):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            value, finite = math.nan, False
+        if not (finite and low <= value <= high and (above is None or value > above)):
             whole = "a whole number" if kind is int else "a number"
             if above is not None:
                 limits = f" above {above:g}"
@@ -69,7 +70,9 @@ count, amount = number(int, 0, LARGEST), number(float, 0)
 def pretrain_parser(description):
     """Options of the pretraining scripts."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
-    parser.add_argument("--cos", action="store_true", help="half a cosine from lr to 0 instead of --schedule")
+    parser.add_argument(
+        "--cos", action=argparse.BooleanOptionalAction, default=False, help="half a cosine from lr to 0, not --schedule"
+    )
     parser.add_argument(
         "--warm-up",
         type=count,
@@ -160,8 +163,13 @@ def linear_parser(description):
         action="store_true",
         help="only evaluate the classifier of --resume on the validation images",
     )
-    recipe = parser.parse_known_args()[0].recipe
-    parser.set_defaults(arch=None, image_size=None, stem=None, **LINEAR_RECIPES[recipe])
+    early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    early.add_argument("--recipe")
+    try:
+        recipe = early.parse_known_args()[0].recipe
+    except argparse.ArgumentError:  # the parser itself will say what is wrong
+        recipe = None
+    parser.set_defaults(arch=None, image_size=None, stem=None, **LINEAR_RECIPES.get(recipe, LINEAR_RECIPES["moco"]))
     return parser
 
 
@@ -307,7 +315,7 @@ def base_parser(description, epochs, lr, weight_decay, schedule):
     more.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile the encoders and the views (default: on GPUs, in runs of 20,000 steps or more)",
+        help="torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)",
     )
     return parser
 
@@ -330,6 +338,11 @@ def settle(args, device):
         torch.backends.cudnn.benchmark = True
         # TF32 for convolutions, where float32 is asked for; similarities and views are products in float32 itself.
         torch.backends.cudnn.allow_tf32 = True
+
+
+def pays_to_compile(steps, device):
+    """torch.compile takes a minute or two; a run of this many steps earns it back on a GPU."""
+    return device.type == "cuda" and steps >= 15_000
 
 
 def shared_seed(seed, device):

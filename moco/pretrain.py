@@ -14,7 +14,6 @@ from moco.errors import RunError, UsageError
 from moco.logs import say
 
 WATCH_EVERY = 10  # steps between two looks at the health of the contrast: it costs a few passes over the logits
-COMPILE_STEPS = 20_000  # torch.compile takes a minute or two; a run of this many steps earns it back on a GPU
 COLUMNS = [
     "epoch",
     "loss",
@@ -61,9 +60,13 @@ def train(model_class, device, args):
     resumed = prepare(args, device, model_class)
     split = data.load(args, True, device)
     args.images, args.classes = len(split), split.classes
+    if model_class.labelled and len(split.classes) < 2:
+        raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': labels tell nothing apart there")
+    if resumed:
+        checkpoint.compare_data(resumed, args, resumed["path"])
     steps = len(split) // args.batch_size
     if args.compile is None:
-        args.compile = device.type == "cuda" and steps * args.epochs >= COMPILE_STEPS
+        args.compile = options.pays_to_compile(steps * args.epochs, device)
     recipe = replace(model_class.recipe(args), size=args.image_size)
     batches = data.Batches(
         split, [recipe] * model_class.views, args, device, shuffle_keys=model_class.shuffle_keys and args.groups > 1
@@ -93,6 +96,9 @@ def train(model_class, device, args):
         network = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
+    if first_epoch >= args.epochs:
+        say(f"'{resumed['path']}' has {first_epoch} epochs, --epochs is {args.epochs}: there is nothing left to do")
+        return
     log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
     introduce(args, device, split, steps, first_epoch, first_step)
 
@@ -135,11 +141,12 @@ def train(model_class, device, args):
                 row["knn"] = evaluate.knn(model.encoder_q, split, validation, args, device)
             if model.classifies:
                 row["top1"], row["top5"] = evaluate.accuracy(model.encoder_q, validation, args, device)
+            row["seconds"] = progress.seconds
             log.add(epoch, **row)
             describe(epoch, row, args)
             losses.zero_()
             health.zero_()
-            first_step, seconds = 0, 0.0
+            first_step, seconds = 0, progress.seconds - row["seconds"]
             # The log comes first: a resumed run drops what it will write again.
             save(writer, args, model, optimizer, epoch + 1)
             if interruption.agreed:
@@ -182,16 +189,12 @@ def restore(resumed, model, optimizer, losses, health, args):
     try:
         checkpoint.load_optimizer(optimizer, resumed["optimizer"], args)
         epoch, step, seconds = int(resumed["epoch"]), int(resumed.get("step", 0)), float(resumed.get("seconds", 0))
-        if args.start_epoch and args.start_epoch != epoch:
-            epoch, step, seconds = args.start_epoch, 0, 0.0
         if step:
             losses[:step] = resumed["losses"]
             health.copy_(resumed["health"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
-    if epoch >= args.epochs:
-        say(f"'{path}' has all of its {args.epochs} epochs: there is nothing left to do")
     return epoch, step, seconds
 
 
@@ -220,16 +223,17 @@ def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None
 
 def check(losses, shown, done, epoch, interruption):
     """Makes the losses since the last look global, stops at one that is not finite; do the processes agree to stop?"""
-    asked = losses.new_tensor([float(interruption.asked)])
+    asked = losses.new_full((1,), float(interruption.asked))
     fresh = distributed.all_mean(torch.cat([losses[shown:done], asked]))
     losses[shown:done] = fresh[:-1]
-    wrong = (~fresh.isfinite()).nonzero()
-    if len(wrong):
+    *values, asked = fresh.tolist()
+    wrong = [step for step, value in enumerate(values, start=shown) if not math.isfinite(value)]
+    if wrong:
         raise RunError(
-            f"the loss of epoch {epoch}, step {shown + int(wrong[0])}, is not finite; a lower --lr, a longer --warm-up "
+            f"the loss of epoch {epoch}, step {wrong[0]}, is not finite; a lower --lr, a longer --warm-up "
             "or a higher --moco-t may help. The last checkpoint is from before it"
         )
-    interruption.agreed = bool(fresh[-1] > 0)
+    interruption.agreed = asked > 0
     return interruption.agreed
 
 
@@ -242,7 +246,7 @@ def average_statistics(model):
 
 
 def summary(losses, health, lr, progress):
-    row = dict(loss=losses.mean().item(), lr=lr, images_per_second=progress.images_per_second, seconds=progress.seconds)
+    row = dict(loss=losses.mean().item(), lr=lr, images_per_second=progress.images_per_second)
     *sums, number = distributed.all_mean(health).tolist()
     if number:
         names = ("accuracy", "positive_similarity", "negative_similarity", "positives")
@@ -258,6 +262,12 @@ def introduce(args, device, split, steps, epoch, step):
     )
     if epoch or step:
         say(f"going on with epoch {epoch}, step {step}")
+    if args.groups == 1 and hasattr(args, "moco_k"):
+        say(
+            "note: batch norm sees the whole batch, so there is no Shuffling BN: --bn-splits 2 is what two GPUs compute"
+        )
+    if args.warm_up >= args.epochs:
+        say(f"note: --warm-up {args.warm_up} takes all of the {args.epochs} epochs")
 
 
 def describe(epoch, row, args):

@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reproduce import commit, describe_hardware, versions
+from reproduce import commit, describe_hardware, versions, write_json
 
 from moco import augment, builder, data, distributed, encoders, options, pretrain
 
@@ -57,6 +57,8 @@ def main():
             print(json.dumps(speed))
         return
     words = parser.parse_args()
+    if words.out and not words.out.parent.is_dir():
+        parser.error(f"there is no folder '{words.out.parent}' for --out")
     gpu = torch.cuda.is_available()
     fast = ["--precision", "bf16", "--compile"] if gpu else []
     if words.profile:
@@ -68,7 +70,7 @@ def main():
         "measured": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", "scripts/bench.py", *sys.argv[1:]]),
     }
-    show = partial(report, figures)
+    show = partial(report, figures, words.out)
     print(f"on {hardware['device']}, {hardware['cores']} cores, torch {torch.__version__}")
 
     bench_views(show, gpu, words.rounds)
@@ -78,13 +80,13 @@ def main():
         bench_growth(show, words, gpu, fast)
         bench_long_run(show, gpu)
     if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(figures, indent=1) + "\n")
         print(words.out)
 
 
-def report(figures, key, value, title, shown=None):
+def report(figures, out, key, value, title, shown=None):
     figures[key] = value
+    if out:  # as far as it has come: a run may be cut short
+        write_json(out, figures)
     print(f"{title:<72} {value if shown is None else shown:>12,.2f}", flush=True)
 
 
@@ -185,7 +187,7 @@ def bench_growth(show, words, gpu, fast):
     def milliseconds(batch, *more):
         return 1000 * batch / loop("-a", arch, "-b", str(batch), *steps, *fast, *more)[0]
 
-    for batch in (64, 128, 256, 512):
+    for batch in (64, 128, 512, 256):  # the last one as the queues' below: torch.compile need not work again
         show(f"step_ms_batch_{batch}", milliseconds(batch), f"a step of {arch}, batch {batch}, queue 4,096, ms")
     for queue in (4096, 16384, 65536):
         show(f"step_ms_queue_{queue}", milliseconds(256, "--moco-k", str(queue)), f"  batch 256, queue {queue:,}, ms")
@@ -221,7 +223,7 @@ def bench_long_run(show, gpu, steps=2000):
 
 
 class Plain(builder.MoCoOut):
-    """Every speed-up off: float32 without TF32, channels first, images gathered for the shuffle."""
+    """Every speed-up off: float32 without TF32, channels first, images gathered for the shuffle (of processes)."""
 
     shuffle_keys = False
 
@@ -237,6 +239,9 @@ class Plain(builder.MoCoOut):
         return super().forward(im_q.contiguous(), im_k.contiguous(), labels)
 
 
+compiled = None  # the network and the batch that torch.compile has seen
+
+
 def loop(*words, at_step=None, every=1):
     """The training loop that main_moco_out.py runs.
 
@@ -250,6 +255,10 @@ def loop(*words, at_step=None, every=1):
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plain", action="store_true")
     args = parser.parse_args(["data/", *LOOP.split(), *words])
+    global compiled
+    if args.compile and compiled != (args.arch, args.batch_size):
+        torch._dynamo.reset()  # a second size would have it make programs for any size, which are slower
+        compiled = (args.arch, args.batch_size)
     skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
     wanted = (args.steps + skipped) * args.batch_size
     split = synthetic()
@@ -267,6 +276,8 @@ def loop(*words, at_step=None, every=1):
     def tick():
         nonlocal paused
         step = len(clock) - skipped
+        if step == 0 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of the search for the fastest convolutions
         if at_step and step >= 0 and step % every == 0:
             paused += seconds(lambda: at_step(step), torch.cuda.is_available())
         elif step in (0, args.steps) and torch.cuda.is_available():

@@ -28,6 +28,8 @@ def main():
     words = parser.parse_args()
     try:
         out = words.out or words.run / "picture.png"
+        if not out.parent.is_dir():
+            raise UsageError(f"there is no folder '{out.parent}' for the picture")
         draw(words.run, words.data, out)
         print(out)
     except (UsageError, RunError) as error:
@@ -61,6 +63,8 @@ def embedding(run, folder=None, most=2000):
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
+    if not isinstance(saved.get("options"), dict):
+        raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     defaults = vars(options.pretrain_parser("").parse_args([]))  # of what an older checkpoint does not know
     args = argparse.Namespace(**defaults | saved["options"])
     args.data = folder or args.data

@@ -111,6 +111,15 @@ def parse():
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
+    for name in ("pretrain", "linear"):
+        try:
+            words = shlex.split(getattr(args, name))
+        except ValueError as error:
+            parser.error(f"--{name} {getattr(args, name)}: {error}")
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+        if name == "pretrain" and {"-a", "--arch", "--epochs", "--per-class"} & set(words):
+            parser.error("-a, --epochs and --per-class are options of this script: name them outside of --pretrain")
+        setattr(args, name, words)
     args.data = "data/"
     if (
         args.rows
@@ -137,13 +146,13 @@ def commands(key, args, seed, folder):
         pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, SMALL_LR_LABELS)]
     if args.epochs:
         pretrain += ["--epochs", str(args.epochs)]
-    pretrain += [*scaled, *shlex.split(args.pretrain)]
+    pretrain += [*scaled, *args.pretrain]
     if args.per_class:
         pretrain += ["--per-class", str(args.per_class)]
     lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
     if row.linear:
         small = SMALL_LINEAR.split() if args.small else []
-        linear = last_of_each([*row.linear.split(), *small, *scaled, *shlex.split(args.linear)])
+        linear = last_of_each([*row.linear.split(), *small, *scaled, *args.linear])
         if args.per_class:
             linear += ["--per-class", str(args.per_class)]
         source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
@@ -176,7 +185,10 @@ def reproduce(key, args, seed):
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
     name = args.name or f"{arch}-{epochs}ep" + (f"-{args.per_class}pc" if args.per_class else "")
     folder = args.runs / f"{key}-{name}-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"'{folder}' cannot be made: {error.strerror}") from None
     begun = folder / "begun.json"
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     now = {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}

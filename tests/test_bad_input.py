@@ -59,6 +59,8 @@ def refused(done, status, *says):
         ("--gpu 77", "--gpu 77"),
         ("--resume nowhere.pth.tar", "'nowhere.pth.tar' does not exist"),
         ("--start-epoch 9", "--start-epoch 9"),
+        ("--resume ''", "names no checkpoint"),
+        (f"--moco-k {10**400}", "in 32 bits"),
     ],
 )
 def test_options(words, says, run, tmp_path):
@@ -158,6 +160,84 @@ def test_no_network(run, tmp_path, monkeypatch):
     refused(run("main_moco.py", SHORT, "--dataset cifar100", tmp_path), 1, "CIFAR-100")
 
 
+@pytest.mark.parametrize("script", ["main_moco_in.py", "main_lincls.py"])
+def test_nothing_is_downloaded_to_a_folder_with_other_files(script, run, folder, tmp_path, monkeypatch):
+    """A folder too deep, or without train/: not the place for CIFAR-10."""
+    place = folder("photos", train=6, val=3)
+    monkeypatch.setattr(data.datasets.CIFAR10, "download", lambda self: pytest.fail("it is downloaded"))
+    monkeypatch.setattr(data.datasets.CIFAR100, "download", lambda self: pytest.fail("it is downloaded"))
+    words = [SHORT, "--output-dir", tmp_path / "out"]
+    if script == "main_lincls.py":
+        run("main_moco_in.py", *words, place)
+        words = ["-b 4 --epochs 1 --pretrained", tmp_path / "out/checkpoint_last.pth.tar"]
+    refused(run(script, *words, place / "train"), 2, "photos/train", "no train/ folder", "neither empty")
+
+
+def test_which_cifar(tmp_path):
+    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / ".hidden").touch()
+    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / "cifar-100-python").mkdir()
+    assert data.candidates(tmp_path) == ["cifar100"]
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / "train").mkdir()
+    assert data.candidates(tmp_path) == ["imagefolder"]
+
+
+def test_resuming_on_other_data(run, folder, tmp_path):
+    pets, birds = folder("pets", train=6, val=3), folder("birds", train=6, val=3, classes=("ant", "bee"))
+    words = [SHORT, "--output-dir", tmp_path / "out"]
+    run("main_moco_in.py", *words, pets)
+    more = [*words, "--epochs 2 --resume auto"]
+    refused(run("main_moco_in.py", *more, birds), 2, "other classes", "'cat'", "'bee'")
+    linear = ["-b 4 --epochs 1 --output-dir", tmp_path, "--pretrained", tmp_path / "out/checkpoint_last.pth.tar"]
+    assert run("main_lincls.py", *linear, birds).status == 0  # features are evaluated on any classes
+    refused(run("main_lincls.py", *linear, "--epochs 2 --resume auto", pets), 2, "other classes")
+    fewer = run("main_moco_in.py", *more, folder("few", train=4))
+    assert fewer.status == 0 and "note: the training images were 12 and are now 8" in fewer.out
+    saved = checkpoint.load(tmp_path / "out/checkpoint_last.pth.tar")
+    torch.save({**saved, "step": 2}, tmp_path / "within.pth.tar")
+    within = run("main_moco_in.py", *words, "--epochs 9 --resume", tmp_path / "within.pth.tar", pets)
+    refused(within, 2, "within an epoch of 8 images", "has 12")
+
+
+def test_one_class(run, folder, tmp_path):
+    place = folder(train=8, val=4, classes=("all",))
+    refused(run("main_moco_in.py", SHORT, "--output-dir", tmp_path / "in", place), 2, "one class, 'all'")
+    assert run("main_moco.py", SHORT, "--output-dir", tmp_path, place).status == 0  # it needs no labels
+    linear = ["-b 4 --epochs 1 --output-dir", tmp_path, "--pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    refused(run("main_lincls.py", *linear, place), 2, "one class, 'all'")
+
+
+def test_files_in_the_way(run, tmp_path):
+    out = tmp_path / "out"
+    (out / "checkpoint_last.pth.tar.tmp").mkdir(parents=True)
+    refused(run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", out), 1, "could not be written: Is a directory")
+    (out / "log.csv").write_bytes(bytes(range(256)) * 9)  # garbage is no row
+    (out / "checkpoint_last.pth.tar.tmp").rmdir()
+    assert run("main_moco.py", TINY_MOCO, "--epochs 1 --resume auto --output-dir", out).status == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tensorboard").touch()
+    refused(run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", other), 1, "tensorboard")
+
+
+def test_scripts(run, tmp_path):
+    refused(run("scripts/report.py", "--results", tmp_path / "nowhere"), 2, "nowhere")
+    refused(run("scripts/report.py", "--readme", tmp_path / "nowhere"), 1, "nowhere")
+    refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "nowhere/a.png"), 2, "nowhere")
+    refused(run("scripts/bench.py", "--out", tmp_path / "nowhere/a.json"), 2, "nowhere")
+    torch.save({"state_dict": {}}, tmp_path / "checkpoint_last.pth.tar")
+    refused(run("scripts/picture.py", tmp_path), 1, "not from this project")
+    (tmp_path / "runs").touch()
+    row = ["in-200", tmp_path, "--runs", tmp_path / "runs"]
+    refused(run("scripts/reproduce.py", *row), 1, "cannot be made")
+    for words in ("--arch resnet20", "--epochs=3", "-a resnet20"):
+        refused(run("scripts/reproduce.py", *row, f"'--pretrain={words}'"), 2, "options of this script")
+    refused(run("scripts/reproduce.py", *row, '''"--pretrain=it's"'''), 2, "--pretrain it's", "No closing quotation")
+
+
 def test_checkpoints(run, tmp_path):
     run("main_moco_out.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
     good = tmp_path / "checkpoint_last.pth.tar"
@@ -181,6 +261,7 @@ def test_checkpoints(run, tmp_path):
         {"epoch": 1},
         {"state_dict": 3},
         {"state_dict": {"module.queue": 3}},
+        {"state_dict": {7: torch.zeros(3)}},
         torch.zeros(3),
     ):
         torch.save(content, bad)
@@ -199,6 +280,8 @@ def test_checkpoints(run, tmp_path):
     del changed["state_dict"]["module.encoder_q.conv1.weight"], changed["state_dict"]["module.encoder_q.bn1.weight"]
     torch.save(changed, bad)
     refused(run("main_moco_out.py", *resume), 1, "encoder_q.conv1.weight is missing")
+    refused(run("main_lincls.py", *linear), 1, "holds no ResNet")
+    torch.save({**saved, "state_dict": {"module.conv1.weight": torch.zeros(())}}, bad)
     refused(run("main_lincls.py", *linear), 1, "holds no ResNet")
     torch.save({**saved, "arch": "resnet18"}, bad)
     both(2, "resnet18", "resnet20")

@@ -1,4 +1,7 @@
-"""On a GPU: the CPU's numbers, and steps that the host does not wait for."""
+"""On a GPU: the CPU's numbers, and steps that the host does not wait for. They are run by name:
+
+python -m pytest tests/test_gpu.py
+"""
 
 import os
 import subprocess
@@ -12,7 +15,9 @@ from test_runs import SCRIPTS, printed_losses, rows
 
 from moco import augment, pretrain
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: none here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU, and its name: pytest tests/test_gpu.py"
+)
 EVERY_SCRIPT = [(script, TINY_MOCO) for script in SCRIPTS] + [("main_supcon.py", TINY), ("main_ce.py", TINY)]
 
 

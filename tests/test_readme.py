@@ -3,14 +3,11 @@
 import json
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT, TINY
 
 from moco import logs
-
-sys.path.insert(0, str(ROOT / "scripts"))
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.S)]

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_MOCO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco import checkpoint, data, logs, options, pretrain
+import main_lincls
+from moco import augment, checkpoint, data, distributed, logs, options, pretrain
 
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 LINEAR = f"{TINY} --lr 1 --epochs 2"
@@ -38,8 +40,6 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
     assert len(losses) == 15 and all(math.isfinite(loss) for loss in losses)
     assert float(log[1]["loss"]) == pytest.approx(sum(losses[5:10]) / 5, abs=1e-3)
     assert "contrastive accuracy" in done.out and "log K = 4.38" in done.out
-    assert list((tmp_path / "tensorboard").iterdir())
-
     kept = sorted(p.name for p in tmp_path.glob("*.pth.tar"))
     assert kept == ["checkpoint_0001.pth.tar", "checkpoint_0002.pth.tar", "checkpoint_last.pth.tar"]
     saved = torch.load(tmp_path / "checkpoint_0002.pth.tar", weights_only=True)
@@ -48,7 +48,7 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
     assert saved["state_dict"]["module.queue"].shape == (16, 80)
     assert saved["state_dict"]["module.queue_ptr"].item() == 3 * 5 * 32 % 80
 
-    linear = tmp_path / "linear"
+    linear = tmp_path
     done = run("main_lincls.py", LINEAR, "--pretrained", tmp_path / "checkpoint_0002.pth.tar", "--output-dir", linear)
     assert done.status == 0, done.err
     result = done.out.strip().splitlines()[-1]
@@ -58,8 +58,11 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
         if ".fc." not in name:
             assert torch.equal(value, saved["state_dict"][name.replace("module.", "module.encoder_q.")])
     assert best["state_dict"]["module.fc.weight"].shape == (10, 64)
-    again = run("main_lincls.py", "-e --dataset digits --resume", linear / "model_best.pth.tar")
+    again = run("main_lincls.py", "-e --resume", linear / "model_best.pth.tar")  # of digits, as the checkpoint says
     assert again.out.strip() == result
+    for name, epochs in (("log", 3), ("linear", 2)):  # neither has purged the other
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
+        assert [event.step for event in events.Scalars("loss")] == list(range(epochs))
 
 
 def test_linear_evaluation_reads_mocos_own_checkpoints(run, tmp_path):
@@ -72,6 +75,71 @@ def test_linear_evaluation_reads_mocos_own_checkpoints(run, tmp_path):
     done = run("main_lincls.py", words, "--pretrained", tmp_path / "moco.pth.tar", "--output-dir", tmp_path)
     assert done.status == 0, done.err
     assert float(done.out.split("result: top1=")[1].split()[0]) > 30  # chance is 10
+
+
+def test_linear_evaluation_of_an_imagenet_checkpoint_that_says_nothing():
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    args = options.linear_parser("").parse_args(["data/"])
+    main_lincls.take_options(args, {}, {}, weights, "moco.pth.tar")
+    assert (args.stem, args.image_size, (args.mean, args.std)) == ("imagenet", 224, data.IMAGENET)
+    args = options.linear_parser("").parse_args(["--mean", "0.1", "0.2", "0.3", "data/"])
+    main_lincls.take_options(args, {}, {"std": [1, 1, 1]}, weights, "moco.pth.tar")
+    assert (args.mean, args.std) == ([0.1, 0.2, 0.3], [1, 1, 1])
+
+
+def test_the_help_of_a_recipe(run):
+    for words, says in (("--recipe supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
+        assert f"at this batch size {says}" in " ".join(run("main_lincls.py", words, "--help").out.split())
+
+
+def test_a_log_lives_until_its_run_is_replaced(run, tmp_path):
+    """The same command without --resume: nothing is lost before there is something in its place."""
+    words = [TINY_MOCO, "--output-dir", tmp_path]
+    first = run("main_moco.py", *words, "--epochs 2")
+    assert "replaces" not in first.out and "no Shuffling BN" in first.out
+    log = logs.Log(tmp_path, "log", pretrain.COLUMNS)
+    assert len(rows(tmp_path / "log.csv")) == 2
+    log.add(0, loss=9.0)
+    assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == [9.0]
+    assert "replaces it (--resume auto" in run("main_moco.py", *words, "--epochs 1 --bn-splits 2").out
+
+
+def test_a_resumed_run_takes_its_epoch_from_the_checkpoint(run, tmp_path):
+    words = [TINY_MOCO, "--output-dir", tmp_path]
+    run("main_moco.py", *words, "--epochs 2")
+    done = run("main_moco.py", *words, "--epochs 3 --start-epoch 1 --resume auto")
+    assert "going on with epoch 2" in done.out
+    assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0", "1", "2"]
+    done = run("main_moco.py", *words, "--epochs 1 --resume auto")
+    assert done.status == 0 and "has 3 epochs, --epochs is 1" in done.out and "going on" not in done.out
+    assert len(rows(tmp_path / "log.csv")) == 3
+
+
+def test_cross_entropy_takes_a_schedule(run, tmp_path):
+    words = [TINY, "--no-cos --lr 0.1 --epochs 3 --schedule 1 2 --output-dir", tmp_path]
+    assert run("main_ce.py", *words).status == 0
+    assert [float(row["lr"]) for row in rows(tmp_path / "log.csv")] == pytest.approx([0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("views", ["batched", "pil"])
+def test_a_last_batch_of_fewer_images_than_processes(views, folder, monkeypatch):
+    """Nine images in batches of four, and one for validation: the second process of two has none of them at the end."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    args = options.linear_parser("").parse_args(f"-b 4 -j 0 --views {views} --seed 0 {folder(train=5, val=1)}".split())
+    args.image_size, args.processes_on_node, args.compile = 12, 2, False
+    options.settle(args, torch.device("cpu"))
+    split = data.load(args, True, torch.device("cpu")).of_each_class(slice(None))
+    split = data.Split(
+        split.labels[:9], split.classes, split.images if split.images is None else split.images[:9], split.paths
+    )
+    batches = data.Batches(split, [augment.LINEAR, augment.LINEAR], args, torch.device("cpu"), drop_last=False)
+    shapes = [([tuple(view.shape) for view in made], len(labels)) for made, labels, _ in batches.epoch(0)]
+    assert [labels for _, labels in shapes] == [2, 2, 0] and shapes[-1][0][0][0] == 0
+    one = data.load(args, False, torch.device("cpu")).of_each_class(slice(None))
+    one = data.Split(one.labels[:1], one.classes, one.images[:1])
+    ((images, labels),) = data.Centres(one, args, torch.device("cpu"))
+    assert images.shape == (0, 3, 12, 12) and len(labels) == 0
 
 
 def test_linear_evaluation_resumes(run, tmp_path):

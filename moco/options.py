@@ -163,14 +163,18 @@ def linear_parser(description):
         action="store_true",
         help="only evaluate the classifier of --resume on the validation images",
     )
+    parser.set_defaults(arch=None, image_size=None, stem=None, **linear_recipe())
+    return parser
+
+
+def linear_recipe():
+    """The defaults that --recipe stands for: they are wanted before the command line is parsed, for --help too."""
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument("--recipe")
     try:
-        recipe = early.parse_known_args()[0].recipe
-    except argparse.ArgumentError:  # the parser itself will say what is wrong
-        recipe = None
-    parser.set_defaults(arch=None, image_size=None, stem=None, **LINEAR_RECIPES.get(recipe, LINEAR_RECIPES["moco"]))
-    return parser
+        return LINEAR_RECIPES[early.parse_known_args()[0].recipe or "moco"]
+    except (argparse.ArgumentError, KeyError):  # the parser proper will say what is wrong
+        return LINEAR_RECIPES["moco"]
 
 
 def base_parser(description, epochs, lr, weight_decay, schedule):

@@ -180,6 +180,11 @@ def test_rows_and_recipes(run):
         assert "-a resnet20" in line and "-b 256" in line
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 15 -b 256 --aug-plus --warm-up 1"
         assert same in line
+    for path in (ROOT / "results").glob("*-resnet20-15ep-seed*.json"):  # what is on file is what is said to be
+        lines = run("scripts/reproduce.py", "--small --print", path.name.split("-cpu")[0]).out.splitlines()
+        for mine, line in zip(json.loads(path.read_text())["commands"], lines, strict=True):
+            wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]
+            assert mine.startswith(wanted + " "), path.name
     for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
         knn = {
             path.stem.split("-")[1]: float(logs.read(path)[-1]["knn"])

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,7 +190,8 @@ def load(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise RunError(f"checkpoint '{path}' is damaged: the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
     except pickle.UnpicklingError as error:

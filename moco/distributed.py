@@ -5,6 +5,7 @@ Every function works without an initialised process group: then there is one pro
 
 import atexit
 import contextlib
+import inspect
 import os
 import signal
 import socket
@@ -16,11 +17,16 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from moco.errors import RunError, UsageError, one_line
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 GRACE = 10  # seconds that the other processes have to leave when one has failed
+# Names that differ between releases of PyTorch; the older ones warn in the newer ones.
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+arguments = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
 ADVICE = "--resume auto goes on from the last checkpoint"
 
 
@@ -37,8 +43,16 @@ def all_gather(x):
     if world_size() == 1:
         return x
     out = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
+    gather_into(out, x.contiguous())
     return out
+
+
+def parallel(model, device):
+    """The model with its gradients averaged over the processes, each of which keeps its own running statistics."""
+    if world_size() == 1:
+        return model
+    buffers = {SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **buffers)
 
 
 def all_mean(x):

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from moco import checkpoint, data, distributed, evaluate, logs, options
 from moco.errors import RunError, UsageError
@@ -91,11 +90,7 @@ def train(model_class, device, args):
     if args.compile:
         for encoder in model.children():
             encoder.compile()
-    network = model
-    if distributed.world_size() > 1:
-        network = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+    network = distributed.parallel(model, device)
     if first_epoch >= args.epochs:
         say(f"'{resumed['path']}' has {first_epoch} epochs, --epochs is {args.epochs}: there is nothing left to do")
         return

@@ -42,7 +42,7 @@ def evaluate(device, args):
     weights = encoder_weights(saved["state_dict"], source)
     if args.resume and args.pretrained:
         check_source(weights, encoder_weights(checkpoint.load(args.pretrained)["state_dict"], args.pretrained), args)
-    theirs = saved.get("options") if isinstance(saved.get("options"), dict) else {}
+    theirs = saved["options"]
     take_options(args, saved, theirs, weights, source)
     options.settle(args, device)
 
@@ -69,8 +69,7 @@ def evaluate(device, args):
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
     if trained:
         checkpoint.compare_data(saved, args, source)
-    if args.compile is None:
-        args.compile = options.pays_to_compile(-(-len(split) // args.batch_size) * args.epochs, device)
+    options.settle_compile(args, -(-len(split) // args.batch_size), device)
     recipe = replace(args.train_views, size=args.image_size)
     batches = data.Batches(split, [recipe], args, device, drop_last=False)
     optimizer = torch.optim.SGD(
@@ -180,7 +179,7 @@ def take_options(args, saved, theirs, weights, path):
     mean, std = data.IMAGENET if args.stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
     args.mean, args.std = args.mean or theirs.get("mean", mean), args.std or theirs.get("std", std)
     if args.dataset == "auto":
-        possible = ["digits"] if args.data is None else data.candidates(args.data) if Path(args.data).is_dir() else []
+        possible = ["digits"] if args.data is None else data.candidates(args.data)
         args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
 
 

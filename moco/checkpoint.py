@@ -177,7 +177,7 @@ def check_finite(state_dict, when):
 
 
 def load(path):
-    """The checkpoint's dict, on the CPU.
+    """The checkpoint's dict, on the CPU; `options` is always there.
 
     Raises:
         UsageError: no such file. RunError: it is truncated, no checkpoint, or holds code.
@@ -213,6 +213,8 @@ def load(path):
             raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
+    if not isinstance(checkpoint.get("options"), dict):  # of MoCo's own there are none
+        checkpoint["options"] = {}
     return checkpoint
 
 
@@ -263,15 +265,12 @@ def find(args, device, last=LAST):
 
 def compare_data(saved, args, path):
     """As `compare_options`, of what is known when the images are: their classes and their number."""
-    options = saved.get("options") if isinstance(saved.get("options"), dict) else {}
-    there, here = options.get("classes", args.classes), args.classes
+    there, here = saved["options"].get("classes", args.classes), args.classes
     if there != here:
-        other = [f"'{name}'" for name in there if name not in here] + [
-            f"'{name}'" for name in here if name not in there
-        ]
+        other = [f"'{name}'" for name in [*there, *here] if name not in there or name not in here]
         which = f" ({', '.join(other[:5])})" if other else ", in another order"
         raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
-    there, here = options.get("images", args.images), args.images
+    there, here = saved["options"].get("images", args.images), args.images
     if there != here and saved.get("step"):
         raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {here}")
     if there != here:

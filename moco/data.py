@@ -95,7 +95,9 @@ def resolve(args):
 
 
 def candidates(folder):
-    """The data sets that are in a folder, or can be downloaded to it since it is empty."""
+    """The data sets that are in a folder, or can be downloaded to it since it is empty; none, if it is no folder."""
+    if not Path(folder).is_dir():
+        return []
     if Path(folder, "train").is_dir():
         return ["imagefolder"]
     files = {

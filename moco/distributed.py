@@ -25,8 +25,8 @@ PATIENCE = timedelta(minutes=10)  # how long a process waits for the others befo
 GRACE = 10  # seconds that the other processes have to leave when one has failed
 # Names that differ between releases of PyTorch; the older ones warn in the newer ones.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-arguments = inspect.signature(DistributedDataParallel).parameters
-SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if newer else "broadcast_buffers"
 ADVICE = "--resume auto goes on from the last checkpoint"
 
 

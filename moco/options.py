@@ -149,7 +149,8 @@ def supcon_options(parser):
 
 def linear_parser(description):
     """Options of main_lincls.py."""
-    parser = base_parser(description, epochs=100, lr=30.0, weight_decay=0.0, schedule=[60, 80])
+    recipe = linear_recipe()
+    parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
     parser.add_argument("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
     parser.add_argument(
         "--recipe",
@@ -163,7 +164,7 @@ def linear_parser(description):
         action="store_true",
         help="only evaluate the classifier of --resume on the validation images",
     )
-    parser.set_defaults(arch=None, image_size=None, stem=None, **linear_recipe())
+    parser.set_defaults(arch=None, image_size=None, stem=None, **recipe)
     return parser
 
 
@@ -344,9 +345,10 @@ def settle(args, device):
         torch.backends.cudnn.allow_tf32 = True
 
 
-def pays_to_compile(steps, device):
-    """torch.compile takes a minute or two; a run of this many steps earns it back on a GPU."""
-    return device.type == "cuda" and steps >= 15_000
+def settle_compile(args, steps, device):
+    """As `settle`, for epochs of so many steps."""
+    if args.compile is None:  # it takes a minute or two; a run of this many steps earns it back on a GPU
+        args.compile = device.type == "cuda" and steps * args.epochs >= 15_000
 
 
 def shared_seed(seed, device):

@@ -64,8 +64,7 @@ def train(model_class, device, args):
     if resumed:
         checkpoint.compare_data(resumed, args, resumed["path"])
     steps = len(split) // args.batch_size
-    if args.compile is None:
-        args.compile = options.pays_to_compile(steps * args.epochs, device)
+    options.settle_compile(args, steps, device)
     recipe = replace(model_class.recipe(args), size=args.image_size)
     batches = data.Batches(
         split, [recipe] * model_class.views, args, device, shuffle_keys=model_class.shuffle_keys and args.groups > 1
@@ -141,11 +140,11 @@ def train(model_class, device, args):
             describe(epoch, row, args)
             losses.zero_()
             health.zero_()
-            first_step, seconds = 0, progress.seconds - row["seconds"]
             # The log comes first: a resumed run drops what it will write again.
             save(writer, args, model, optimizer, epoch + 1)
             if interruption.agreed:
                 interruption.leave(writer, f"after epoch {epoch}")
+            first_step, seconds = 0, progress.seconds - row["seconds"]
     log.close()
 
 
@@ -166,8 +165,7 @@ def prepare(args, device, model_class):
     args.objective = model_class.__name__
     path = checkpoint.find(args, device)
     resumed = checkpoint.load(path) if path else None
-    saved = (resumed or {}).get("options")
-    saved = saved if isinstance(saved, dict) else {}
+    saved = resumed["options"] if resumed else {}
     args.seed = options.shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
     if resumed:
         if resumed.get("arch") != args.arch:

@@ -63,7 +63,7 @@ def embedding(run, folder=None, most=2000):
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
-    if not isinstance(saved.get("options"), dict):
+    if not saved["options"]:
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     defaults = vars(options.pretrain_parser("").parse_args([]))  # of what an older checkpoint does not know
     args = argparse.Namespace(**defaults | saved["options"])

@@ -168,8 +168,7 @@ def grouped(runs):
     """Lists of runs that differ in nothing but the seed."""
     groups = {}
     for run in runs:
-        key = (run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"]), str(settings(run["commands"])))
-        groups.setdefault(key, []).append(run)
+        groups.setdefault((*alike(run), str(settings(run["commands"]))), []).append(run)
     return [group for _, group in sorted(groups.items())]
 
 
@@ -205,7 +204,8 @@ def difference(run):
 
 
 def alike(run):
-    return run["row"], run["dataset"], run["arch"], run["epochs"], how(run)
+    """What runs of one method have in common that differ in their options or seeds alone."""
+    return run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"])
 
 
 def unlike(run, groups):

@@ -185,10 +185,11 @@ def reproduce(key, args, seed):
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
     name = args.name or f"{arch}-{epochs}ep" + (f"-{args.per_class}pc" if args.per_class else "")
     folder = args.runs / f"{key}-{name}-seed{seed}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"'{folder}' cannot be made: {error.strerror}") from None
+    for place in (folder, args.results):  # before the hours of work that go there
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
     begun = folder / "begun.json"
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     now = {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}
@@ -247,7 +248,6 @@ def reproduce(key, args, seed):
     }
     if any(now[name] != facts.get(name) for name in now):
         result["ended_with"] = now  # another commit, machine or version than it began with
-    args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{key}-{facts['hardware']['name']}-{name}-seed{seed}.json"
     write_json(path, result)
     say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")

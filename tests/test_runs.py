@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -48,17 +49,16 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
     assert saved["state_dict"]["module.queue"].shape == (16, 80)
     assert saved["state_dict"]["module.queue_ptr"].item() == 3 * 5 * 32 % 80
 
-    linear = tmp_path
-    done = run("main_lincls.py", LINEAR, "--pretrained", tmp_path / "checkpoint_0002.pth.tar", "--output-dir", linear)
+    done = run("main_lincls.py", LINEAR, "--pretrained", tmp_path / "checkpoint_0002.pth.tar", "--output-dir", tmp_path)
     assert done.status == 0, done.err
     result = done.out.strip().splitlines()[-1]
     assert result.startswith("result: top1=") and "top5=" in result and "epoch=" in result
-    best = torch.load(linear / "model_best.pth.tar", weights_only=True)
+    best = torch.load(tmp_path / "model_best.pth.tar", weights_only=True)
     for name, value in best["state_dict"].items():
         if ".fc." not in name:
             assert torch.equal(value, saved["state_dict"][name.replace("module.", "module.encoder_q.")])
     assert best["state_dict"]["module.fc.weight"].shape == (10, 64)
-    again = run("main_lincls.py", "-e --resume", linear / "model_best.pth.tar")  # of digits, as the checkpoint says
+    again = run("main_lincls.py", "-e --resume", tmp_path / "model_best.pth.tar")  # of digits, as the checkpoint says
     assert again.out.strip() == result
     for name, epochs in (("log", 3), ("linear", 2)):  # neither has purged the other
         events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
@@ -115,6 +115,13 @@ def test_a_resumed_run_takes_its_epoch_from_the_checkpoint(run, tmp_path):
     assert len(rows(tmp_path / "log.csv")) == 3
 
 
+def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monkeypatch):
+    save = pretrain.save
+    monkeypatch.setattr(pretrain, "save", lambda *rest: (time.sleep(0.5), save(*rest)))
+    run("main_moco.py", TINY_MOCO, "--epochs 2 --output-dir", tmp_path)
+    assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
+
+
 def test_cross_entropy_takes_a_schedule(run, tmp_path):
     words = [TINY, "--no-cos --lr 0.1 --epochs 3 --schedule 1 2 --output-dir", tmp_path]
     assert run("main_ce.py", *words).status == 0
@@ -129,14 +136,14 @@ def test_a_last_batch_of_fewer_images_than_processes(views, folder, monkeypatch)
     args = options.linear_parser("").parse_args(f"-b 4 -j 0 --views {views} --seed 0 {folder(train=5, val=1)}".split())
     args.image_size, args.processes_on_node, args.compile = 12, 2, False
     options.settle(args, torch.device("cpu"))
-    split = data.load(args, True, torch.device("cpu")).of_each_class(slice(None))
+    split = data.load(args, True, torch.device("cpu"))
     split = data.Split(
         split.labels[:9], split.classes, split.images if split.images is None else split.images[:9], split.paths
     )
     batches = data.Batches(split, [augment.LINEAR, augment.LINEAR], args, torch.device("cpu"), drop_last=False)
     shapes = [([tuple(view.shape) for view in made], len(labels)) for made, labels, _ in batches.epoch(0)]
     assert [labels for _, labels in shapes] == [2, 2, 0] and shapes[-1][0][0][0] == 0
-    one = data.load(args, False, torch.device("cpu")).of_each_class(slice(None))
+    one = data.load(args, False, torch.device("cpu"))
     one = data.Split(one.labels[:1], one.classes, one.images[:1])
     ((images, labels),) = data.Centres(one, args, torch.device("cpu"))
     assert images.shape == (0, 3, 12, 12) and len(labels) == 0

@@ -12,5 +12,5 @@ from moco.builder import CrossEntropy
 
 if __name__ == "__main__":
     pretrain.main(
-        CrossEntropy, __doc__, epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None, lr_start=0.01, lr_end=0.001
+        CrossEntropy, __doc__, epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None, supcon_cosine=True
     )

@@ -22,7 +22,7 @@ from moco.evaluate import frozen, topk_hits
 from moco.logs import say
 
 LAST, BEST = "linear_last.pth.tar", "model_best.pth.tar"
-COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds"]
+COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds", "cpu_seconds"]
 
 
 def main():
@@ -95,14 +95,14 @@ def evaluate(device, args):
         f"linear classifier of {classes} classes on {args.arch} from '{source}': {len(split):,} images, {len(batches)} steps an epoch"
     )
 
-    seconds = 0.0
+    spent = 0.0, 0.0  # seconds and processor time before an epoch's first step
     with checkpoint.Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         for epoch in range(first_epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = torch.zeros(len(batches), device=device)
-            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, seconds=seconds)
+            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, batches.cpu_seconds, 0, *spent)
             for step, ((images,), labels, _) in enumerate(progress.waited_for(batches.epoch(epoch))):
                 features = backbone_features(backbone, images, args, device)
                 # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
@@ -129,14 +129,15 @@ def evaluate(device, args):
             say(
                 f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} (epoch {best['epoch']})"
             )
-            row = dict(loss=loss, lr=lr, top1=top1, top5=top5, images_per_second=speed, seconds=progress.seconds)
+            row = dict(loss=loss, lr=lr, top1=top1, top5=top5, images_per_second=speed)
+            row |= dict(seconds=progress.seconds, cpu_seconds=progress.cpu_seconds(device))
             log.add(epoch, **row)
             checkpoint.check_finite(classifier.state_dict(), f"after epoch {epoch}")
             if distributed.rank() == 0:
                 save(writer, encoder, optimizer, epoch, best, args)
-            if distributed.all_sum(torch.tensor([int(interruption.asked)], device=device)) > 0:
+            if distributed.total(interruption.asked, device):
                 interruption.leave(writer, f"after epoch {epoch}")
-            seconds = progress.seconds - row["seconds"]
+            spent = progress.seconds - row["seconds"], progress.cpu_seconds(device) - row["cpu_seconds"]
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")

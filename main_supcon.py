@@ -13,4 +13,4 @@ from moco import pretrain
 from moco.builder import SupContrast
 
 if __name__ == "__main__":
-    pretrain.main(SupContrast, __doc__, batch_size=1024, lr=0.5, cos=True, warm_up=None, lr_start=0.01, lr_end=0.001)
+    pretrain.main(SupContrast, __doc__, batch_size=1024, lr=0.5, cos=True, warm_up=None, supcon_cosine=True)

@@ -8,6 +8,7 @@ image, view), never of the process or worker that makes it.
 import os
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
@@ -268,6 +269,7 @@ class Batches:
         self.split, self.recipes, self.device, self.seed = split, recipes, device, args.seed
         self.batch, self.shuffle_keys, self.drop_last = args.batch_size, shuffle_keys, drop_last
         self.labels = split.labels.to(device)
+        self.worker_seconds = {}  # processor time that each worker has reported
         if drop_last and len(split) < self.batch:
             raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {self.batch})")
         if split.images is not None and args.views == "batched":
@@ -281,6 +283,10 @@ class Batches:
         """Ends the loader processes. They are deaf to signals, so that nobody else can."""
         if self.loader is not None and self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()
+
+    def cpu_seconds(self):
+        """Processor time of this process and its loader processes so far."""
+        return time.process_time() + sum(self.worker_seconds.values())
 
     def __len__(self):
         return len(self.split) // self.batch if self.drop_last else -(-len(self.split) // self.batch)
@@ -335,7 +341,9 @@ class Batches:
         ]
         batches, orders = self.to_device(batches, orders)
         steps = list(zip(batches, orders, strict=True))[first:]
-        for (batch, order), images in zip(steps, self.loader, strict=True):
+        for (batch, order), (images, worker, seconds) in zip(steps, self.loader, strict=True):
+            if worker is not None:
+                self.worker_seconds[worker] = seconds
             if isinstance(images, RunError):
                 raise images
             rows = self.rows(batch, 0, order)
@@ -380,10 +388,12 @@ def deaf(worker):
 
 
 def collate(items):
+    """A batch of views or the error of one; the worker that made it, if any, and the worker's processor time so far."""
     broken = next((item for item in items if isinstance(item, Exception)), None)
-    if not items:  # a small last batch has fewer images than there are processes
-        return torch.empty(0, 3, 32, 32)
-    return broken or torch.stack(items)
+    # A small last batch has fewer images than there are processes.
+    images = broken or (torch.stack(items) if items else torch.empty(0, 3, 32, 32))
+    worker = get_worker_info()
+    return images, worker.id if worker else None, time.process_time()
 
 
 class Centres:

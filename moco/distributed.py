@@ -67,6 +67,11 @@ def all_sum(x):
     return x
 
 
+def total(value, device):
+    """The sum of a number over the processes."""
+    return all_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
+
+
 def from_first(x):
     """The first process's tensor, on each of them (written into x)."""
     if world_size() > 1:

@@ -1,4 +1,4 @@
-"""Evaluation: top-k accuracy, and the kNN monitor on frozen features."""
+"""Evaluation, in float32: top-k accuracy, and the kNN monitor on frozen features."""
 
 import copy
 
@@ -23,9 +23,7 @@ def accuracy(encoder, split, args, device):
     network = frozen(encoder, keep_fc=True)
     hits = torch.zeros(2, dtype=torch.long, device=device)
     for images, labels in data.Centres(split, args, device, crop=False):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            scores = network(images)
-        hits += topk_hits(scores.float(), labels)
+        hits += topk_hits(network(images), labels)
     return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
 
 
@@ -53,8 +51,7 @@ def extract(encoder, split, args, device, crop=True):
     """L2-normalised features (N, width) float32 and labels (N,) of a split, in its order, on every process."""
     features, labels = [], []
     for images, targets in data.Centres(split, args, device, crop):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            features.append(F.normalize(encoder(images).float(), dim=1))
+        features.append(F.normalize(encoder(images), dim=1))
         labels.append(targets)
     features, labels = torch.cat(features), torch.cat(labels)
     processes = distributed.world_size()

@@ -29,15 +29,18 @@ def say(text):
 class Progress:
     """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    An epoch that goes on from step `first` has taken `seconds` before; so has one that begins after the last epoch's
-    row was logged, while it was saved.
+    An epoch that goes on from step `first` has taken `seconds` before, and `cpu_seconds` of processor time over all
+    processes; so has one that begins after the last epoch's row was logged, while it was saved. `cpu_clock()` is the
+    processor time of this process and its workers so far.
     """
 
-    def __init__(self, epoch, epochs, steps, images_per_step, first=0, seconds=0.0):
+    def __init__(self, epoch, epochs, steps, images_per_step, cpu_clock, first=0, seconds=0.0, cpu_seconds=0.0):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
         self.first = self.done = first
         self.begun = self.mark = time.perf_counter()
         self.start = self.begun - seconds
+        self.cpu_clock = cpu_clock
+        self.cpu_start = cpu_clock() - (cpu_seconds if distributed.rank() == 0 else 0.0)
         self.waiting = 0.0
         self.bar = None
         if distributed.rank() == 0 and sys.stdout.isatty():
@@ -58,6 +61,10 @@ class Progress:
     @property
     def seconds(self):
         return time.perf_counter() - self.start
+
+    def cpu_seconds(self, device):
+        """Processor time of the epoch over all threads, workers and processes; each process must call it."""
+        return distributed.total(self.cpu_clock() - self.cpu_start, device)
 
     @property
     def images_per_second(self):

@@ -112,7 +112,7 @@ def pretrain_parser(description):
         metavar="N",
         help="epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)",
     )
-    parser.set_defaults(lr_start=0.0, lr_end=0.0)
+    parser.set_defaults(supcon_cosine=False)
     return parser
 
 

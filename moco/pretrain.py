@@ -19,6 +19,7 @@ COLUMNS = [
     "lr",
     "images_per_second",
     "seconds",
+    "cpu_seconds",
     "accuracy",
     "positive_similarity",
     "negative_similarity",
@@ -44,15 +45,29 @@ def main(model_class, description, **recipe):
 def learning_rate(epoch, args):
     """At a moment of the run, in epochs (a step after the start of epoch 3 is 3 + 1 / steps).
 
-    Linear from `lr_start` to `lr` over the warm-up; then half a cosine from `lr` to `lr_end` times `lr` over the rest,
-    or lr divided by 10 at each epoch of the schedule.
+    MoCo's: linear from 0 to lr over the warm-up; then half a cosine from lr to 0 over the rest (`--cos`), or lr
+    divided by 10 at each epoch of the schedule. With `supcon_cosine` it is SupContrast's.
     """
+    if args.cos and args.supcon_cosine:
+        return supcon_learning_rate(epoch, args)
     if epoch < args.warm_up:
-        return args.lr_start + (args.lr - args.lr_start) * epoch / args.warm_up
+        return args.lr * epoch / args.warm_up
     if args.cos:
-        done = (epoch - args.warm_up) / (args.epochs - args.warm_up)
-        return args.lr * (args.lr_end + (1 - args.lr_end) * (1 + math.cos(math.pi * done)) / 2)
+        return args.lr * (1 + math.cos(math.pi * (epoch - args.warm_up) / (args.epochs - args.warm_up))) / 2
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def supcon_learning_rate(epoch, args):
+    """Half a cosine from lr to lr / 1000 over all epochs, stepped once an epoch: epoch e of 0, 1, ... has its value at
+    e + 1. Over the warm-up instead linear, step by step, from 0.01 to the cosine's value at the warm-up's end.
+    """
+
+    def cosine(done):
+        return args.lr * (0.001 + 0.999 * (1 + math.cos(math.pi * done / args.epochs)) / 2)
+
+    if epoch < args.warm_up:
+        return 0.01 + (cosine(args.warm_up) - 0.01) * epoch / args.warm_up
+    return cosine(math.floor(epoch) + 1)
 
 
 def train(model_class, device, args):
@@ -83,9 +98,9 @@ def train(model_class, device, args):
     # What the epoch has seen so far: kept on the device, read only when it is shown.
     losses = torch.zeros(steps, device=device)
     health = torch.zeros(5, device=device)  # sums of losses.contrast_health's four values, and their number
-    first_epoch, first_step, seconds = args.start_epoch, 0, 0.0
+    first_epoch, first_step, spent = args.start_epoch, 0, (0.0, 0.0)  # seconds and processor time of a begun epoch
     if resumed:
-        first_epoch, first_step, seconds = restore(resumed, model, optimizer, losses, health, args)
+        first_epoch, first_step, spent = restore(resumed, model, optimizer, losses, health, args)
     if args.compile:
         for encoder in model.children():
             encoder.compile()
@@ -99,7 +114,8 @@ def train(model_class, device, args):
     network.train()
     with checkpoint.Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         for epoch in range(first_epoch, args.epochs):
-            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, first_step, seconds)
+            clock = batches.cpu_seconds
+            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, clock, first_step, *spent)
             shown = first_step
             for step, (views, labels, order) in enumerate(
                 progress.waited_for(batches.epoch(epoch, first_step)), start=first_step
@@ -126,7 +142,8 @@ def train(model_class, device, args):
                     shown = done
                     if stop and done < steps:
                         progress.close()
-                        save(writer, args, model, optimizer, epoch, done, losses, health, progress.seconds)
+                        spent = progress.seconds, progress.cpu_seconds(device)
+                        save(writer, args, model, optimizer, epoch, done, losses, health, spent)
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             average_statistics(model)
@@ -135,7 +152,7 @@ def train(model_class, device, args):
                 row["knn"] = evaluate.knn(model.encoder_q, split, validation, args, device)
             if model.classifies:
                 row["top1"], row["top5"] = evaluate.accuracy(model.encoder_q, validation, args, device)
-            row["seconds"] = progress.seconds
+            row |= dict(seconds=progress.seconds, cpu_seconds=progress.cpu_seconds(device))
             log.add(epoch, **row)
             describe(epoch, row, args)
             losses.zero_()
@@ -144,7 +161,8 @@ def train(model_class, device, args):
             save(writer, args, model, optimizer, epoch + 1)
             if interruption.agreed:
                 interruption.leave(writer, f"after epoch {epoch}")
-            first_step, seconds = 0, progress.seconds - row["seconds"]
+            spent = progress.seconds - row["seconds"], progress.cpu_seconds(device) - row["cpu_seconds"]
+            first_step = 0
     log.close()
 
 
@@ -176,22 +194,24 @@ def prepare(args, device, model_class):
 
 
 def restore(resumed, model, optimizer, losses, health, args):
-    """Weights, optimizer and the state of a begun epoch; returns the epoch and step to go on from, and its seconds."""
+    """Weights, optimizer and the state of a begun epoch; returns the epoch and step to go on from, and the seconds and
+    processor time that the epoch has taken."""
     path = resumed["path"]
     checkpoint.load_state(model, resumed["state_dict"], path)
     try:
         checkpoint.load_optimizer(optimizer, resumed["optimizer"], args)
-        epoch, step, seconds = int(resumed["epoch"]), int(resumed.get("step", 0)), float(resumed.get("seconds", 0))
+        epoch, step = int(resumed["epoch"]), int(resumed.get("step", 0))
+        spent = float(resumed.get("seconds", 0)), float(resumed.get("cpu_seconds", 0))
         if step:
             losses[:step] = resumed["losses"]
             health.copy_(resumed["health"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
-    return epoch, step, seconds
+    return epoch, step, spent
 
 
-def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None, seconds=0.0):
+def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None, spent=(0.0, 0.0)):
     """`epoch` epochs are complete, and `step` steps of the next one, with what it has seen so far."""
     if step:
         average_statistics(model)
@@ -208,7 +228,8 @@ def save(writer, args, model, optimizer, epoch, step=0, losses=None, health=None
         "options": options.plain(args),
     }
     if step:
-        content |= {"step": step, "losses": losses[:step].clone(), "health": health, "seconds": seconds}
+        content |= {"step": step, "losses": losses[:step].clone(), "health": health}
+        content |= {"seconds": spent[0], "cpu_seconds": spent[1]}
     kept = not step and (epoch % args.save_freq == 0 or epoch == args.epochs)
     name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
     writer.save(Path(args.output_dir, checkpoint.LAST), content, name)

@@ -39,8 +39,8 @@ MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus
 LINEAR = "-a resnet50 --lr 1.0 -b 256"
 SUPCON_LINEAR = "-a resnet50 --recipe supcon"
 # Without a GPU: the same views, batch and classifier for all.
-SMALL = "-a resnet20 --epochs 15 -b 256 --aug-plus --warm-up 1 --knn-freq 3"
-SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8"
+SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
+SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8 --precision fp32"
 # Of four each, by the kNN accuracy on training images held out: results/lr/.
 SMALL_LR = {"main_ce.py": "0.1", "main_supcon.py": "0.6", "main_moco.py": "0.06"}  # and for the label-aware rows:
 SMALL_LR_LABELS = "0.6"
@@ -101,7 +101,7 @@ def parse():
     add("rows", nargs="*", metavar="ROW", help="rows to run; the data folder comes last")
     add("--print", action="store_true", help="show the command lines (of all rows, unless some are named), run nothing")
     add("--seeds", type=options.count, nargs="+", default=[0], metavar="N", help="one run for each (default: 0)")
-    add("--small", action="store_true", help="resnet20, 15 epochs, the same views and batch for all methods")
+    add("--small", action="store_true", help="resnet20, 60 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
     add("--per-class", type=options.positive_int, metavar="N", help="only the first N training images of each class")
@@ -231,6 +231,7 @@ def reproduce(key, args, seed):
         "linear_epochs": len(linear),
         "pretrain_seconds": round(sum(row["seconds"] for row in curve), 1),
         "linear_seconds": round(sum(row["seconds"] for row in linear), 1),
+        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve + linear), 1),
         "images_per_second": round(statistics.median(row["images_per_second"] for row in curve), 1),
         "top1": scores[-1]["top1"],
         "top5": scores[-1]["top5"],

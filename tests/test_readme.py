@@ -152,7 +152,7 @@ def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
     assert f"| {label_in} | `main_moco_in.py` | 200 | 95.4 / 99.9 | 95.1 ± 0.1 (2 seeds) / 95.0" in text
     assert f"| {label_in} | 200 | `--lr 0.5`, linear: `--wd 1e-6` | 40.0 | 90.0 / 95.0 |" in text
     assert f"| {label_out} | 200 |  | 40.0 | 94.0 / 95.0 |" in text
-    small = f"| {label_out} | cifar10 | resnet20 | 15 | batched, fp32"
+    small = f"| {label_out} | cifar10 | resnet20 | 60 | batched, bf16"
     assert f"{small} | 40.0 | 65.0 / 95.0 |" in text and f"{small}, `--moco-t 0.1` | 40.0 | 66.0 / 95.0 |" in text
 
 
@@ -178,9 +178,9 @@ def test_rows_and_recipes(run):
     ]
     for line in small:
         assert "-a resnet20" in line and "-b 256" in line
-        same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 15 -b 256 --aug-plus --warm-up 1"
+        same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
-    for path in (ROOT / "results").glob("*-resnet20-15ep-seed*.json"):  # what is on file is what is said to be
+    for path in (ROOT / "results").glob("*-resnet20-60ep-seed*.json"):  # what is on file is what is said to be
         lines = run("scripts/reproduce.py", "--small --print", path.name.split("-cpu")[0]).out.splitlines()
         for mine, line in zip(json.loads(path.read_text())["commands"], lines, strict=True):
             wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]

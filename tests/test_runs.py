@@ -122,6 +122,38 @@ def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monk
     assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
 
 
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_processor_time_of_workers_and_after_a_resume(run, folder, tmp_path, monkeypatch):
+    """Each of three epochs makes 32 views in two workers, at 20 ms or more each; the second one is interrupted."""
+    place = folder(train=8, val=2)
+    getitem, show, seen = data.PillowViews.__getitem__, logs.Progress.show, []
+    monkeypatch.setattr(data.PillowViews, "__getitem__", lambda self, item: (burn(0.02), getitem(self, item))[1])
+
+    def interrupt(self, done, **values):
+        show(self, done, **values)
+        seen.append(done)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = [
+        "-a resnet20 --image-size 8 -b 4 -p 1 -j 2 --views pil --moco-k 8 --epochs 3 --output-dir",
+        tmp_path,
+        place,
+    ]
+    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    assert run("main_moco.py", *words).status == 143
+    saved = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    assert saved["step"] == 3 and 24 * 0.02 < saved["cpu_seconds"] < 60
+    assert run("main_moco.py", *words, "--resume auto").status == 0
+    times = [float(row["cpu_seconds"]) for row in rows(tmp_path / "log.csv")]
+    assert len(times) == 3 and min(times) > 32 * 0.02 and times[1] > saved["cpu_seconds"] + 8 * 0.02
+
+
 def test_cross_entropy_takes_a_schedule(run, tmp_path):
     words = [TINY, "--no-cos --lr 0.1 --epochs 3 --schedule 1 2 --output-dir", tmp_path]
     assert run("main_ce.py", *words).status == 0
@@ -244,9 +276,27 @@ def test_schedule_at_each_boundary():
         assert rate(epoch, args) == pytest.approx(wanted)
     args.warm_up = 0
     assert rate(0, args) == 0.4
-    args.cos, args.lr_start, args.lr_end, args.warm_up = True, 0.01, 0.001, 10
-    assert rate(0, args) == 0.01 and rate(5, args) == pytest.approx(0.205)
-    assert rate(1000 - 1e-6, args) == pytest.approx(0.0004)
+
+
+def test_the_schedule_of_supcontrasts_authors_at_each_boundary():
+    """Their epochs count from 1: the cosine of epoch e is at e, and the warm-up of ten epochs ends on that of ten."""
+    args = parameters("", "--lr", "0.5", "--epochs", "1000", "--cos", "data")
+    args.supcon_cosine, args.warm_up = True, 10
+    rate = pretrain.learning_rate
+    lowest = 0.5 * 0.1**3
+
+    def theirs(epoch):
+        return lowest + (0.5 - lowest) * (1 + math.cos(math.pi * epoch / 1000)) / 2
+
+    assert rate(0, args) == 0.01
+    assert rate(5, args) == pytest.approx((0.01 + theirs(10)) / 2)
+    assert rate(9.98, args) == pytest.approx(0.01 + 0.998 * (theirs(10) - 0.01))
+    assert rate(10 - 1e-12, args) == pytest.approx(theirs(10)) and theirs(10) < 0.4999
+    for ours, epoch in ((10, 11), (10.99, 11), (11, 12), (499, 500), (998.5, 999), (999, 1000), (999.99, 1000)):
+        assert rate(ours, args) == pytest.approx(theirs(epoch), rel=1e-12), ours
+    assert rate(999, args) == pytest.approx(lowest)
+    args.warm_up = 0
+    assert rate(0, args) == rate(0.99, args) == pytest.approx(theirs(1))
 
 
 def end(folder):

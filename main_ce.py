@@ -7,10 +7,9 @@ Its table row:
     python main_ce.py -a resnet50 data/
 """
 
-from moco import pretrain
-from moco.builder import CrossEntropy
+from moco import options, pretrain
+from moco.baselines import CrossEntropy
 
 if __name__ == "__main__":
-    pretrain.main(
-        CrossEntropy, __doc__, epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None, supcon_cosine=True
-    )
+    recipe = dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None)
+    pretrain.main(CrossEntropy, __doc__, options.CROSS_ENTROPY, **recipe)

@@ -5,12 +5,13 @@ and blurs are linear in rows and in columns, so that each is two batched matrix 
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from PIL import ImageFilter
-from torch import nn
+from torch import Tensor, nn
 from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
@@ -38,7 +39,7 @@ class Recipe:
     blur: tuple = (0.1, 2.0)
     flip_p: float = 0.5
 
-    def draw(self, count, height, width, generator):
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """The parameters of `count` views of height x width images.
 
         Returns:
@@ -92,11 +93,11 @@ class Recipe:
             w = round(height * high)
         return (height - h) // 2, (width - w) // 2, h, w
 
-    def draw_order(self, generator):
+    def draw_order(self, generator: torch.Generator) -> tuple[int, ...]:
         """The order of brightness, contrast, saturation and hue (0 to 3) in a batch of views."""
         return tuple(torch.randperm(4, generator=generator).tolist())
 
-    def transform(self, mean, std):
+    def transform(self, mean: Sequence[float], std: Sequence[float]) -> transforms.Compose:
         """The same views by torchvision: PIL image -> (3, size, size) float32. It draws from torch's own generator."""
         jitter = []
         if self.jitter:
@@ -141,7 +142,14 @@ class Views:
             since the 24 orders of the colour jitter would be 24 programs.
     """
 
-    def __init__(self, recipe, mean, std, device, compile=False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str,
+        compile: bool = False,
+    ):
         self.recipe = recipe
         self.mean, self.std = statistics(mean, std, device)
         wrap = torch.compile if compile else lambda function: function
@@ -149,7 +157,7 @@ class Views:
         self.colours = [wrap(function) for function in (brightness, contrast, saturation, hue)]
 
     @torch.no_grad()
-    def __call__(self, images, parameters, order):
+    def __call__(self, images: Tensor, parameters: Tensor, order: Sequence[int]) -> Tensor:
         """
         Args:
             images: (N, 3, H, W) uint8. parameters: (N, 11) float32, see Recipe.draw. order: see Recipe.draw_order.
@@ -310,31 +318,33 @@ def constants(mean, std, device):
     return [255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1) for values in (mean, std)]
 
 
-def validation(images, size, mean, std):
-    """Resizes the shorter side to 9/8 of `size` (36 for 32) and cuts out the centre, as torchvision does.
+@dataclass(frozen=True)
+class Centre:
+    """The view of an image that is evaluated.
 
-    (N, 3, H, W) uint8 -> (N, 3, size, size) float32, normalised, channels last.
+    size: its side. mean, std: of the pixels, in 0..1. crop: resize the shorter side to 9/8 of `size` (36 for 32) and
+    cut out the centre, as torchvision does; else take images as they are, resized only where they have another size.
     """
-    height, width = images.shape[2:]
-    short = round(size * 9 / 8)
-    resized = [short * side // min(height, width) for side in (height, width)]
-    (by_rows, by_columns) = (
-        resizing(side, out, images.device)[:, (first := round((out - size) / 2)) : first + size]
-        for side, out in zip((height, width), resized, strict=True)
-    )
-    count = len(images)
-    x = linear(rows_first(images), by_rows.expand(count, -1, -1), by_columns.expand(count, -1, -1))
-    return finish(x, *statistics(mean, std, images.device))
 
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: bool = True
 
-def as_they_are(images, size, mean, std):
-    """As `validation`, without the crop: resized only where they have another size."""
-    count, _, height, width = images.shape
-    x = rows_first(images)
-    if (height, width) != (size, size):
-        by_rows, by_columns = (resizing(side, size, images.device).expand(count, -1, -1) for side in (height, width))
-        x = linear(x, by_rows, by_columns)
-    return finish(x, *statistics(mean, std, images.device))
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 -> (N, 3, size, size) float32, normalised, channels last."""
+        count, _, height, width = images.shape
+        x = rows_first(images)
+        if self.crop or (height, width) != (self.size, self.size):
+            x = linear(x, *(by.expand(count, -1, -1) for by in self.matrices(height, width, images.device)))
+        return finish(x, *statistics(self.mean, self.std, images.device))
+
+    def matrices(self, height: int, width: int, device: torch.device) -> Iterator[Tensor]:
+        short = round(self.size * 9 / 8)
+        for side in (height, width):
+            out = short * side // min(height, width) if self.crop else self.size
+            first = round((out - self.size) / 2)
+            yield resizing(side, out, device)[:, first : first + self.size]
 
 
 @cache

@@ -1,18 +1,19 @@
 """MoCo and its label-aware variants: two encoders, a momentum update and a queue; `forward` returns the loss.
-Below them the two other rows of the table, which have one encoder: SupContrast and CrossEntropy.
 
 Shapes: N queries on this process, B = N * processes in the global batch, C = dim, K keys in the queue.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from moco import augment, distributed, encoders, options
-from moco.encoders import add_mlp_head
-from moco.losses import contrast_health, in_loss, info_nce_logits, out_loss
+from moco import distributed, encoders
+from moco.losses import contrast_health, in_loss, info_nce_logits, info_nce_loss, out_loss
 
-UNLABELLED = -1  # the label of a queue slot that was never filled; it matches nothing
+UNLABELLED = -1  # matches nothing: the label of an image without one, and of a queue slot that was never filled
 
 
 class MoCo(nn.Module):
@@ -28,10 +29,19 @@ class MoCo(nn.Module):
 
     labelled = False  # does forward take labels?
     classifies = False  # is the encoder itself a classifier?
-    views = 2
-    shuffle_keys = True  # see data.Batches
+    shuffle_keys = True  # see batches.Batches
 
-    def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, *, bn_splits=1):
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        bn_splits: int = 1,
+    ):
         super().__init__()
         self.K, self.m, self.T, self.bn_splits = K, m, T, bn_splits
         self.watch = False  # also compute `health`, see losses.contrast_health?
@@ -39,29 +49,14 @@ class MoCo(nn.Module):
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
-            add_mlp_head(self.encoder_q)
-            add_mlp_head(self.encoder_k)
+            encoders.add_mlp_head(self.encoder_q)
+            encoders.add_mlp_head(self.encoder_k)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    @staticmethod
-    def add_options(parser):
-        options.moco_options(parser)
-
-    @classmethod
-    def from_options(cls, args, classes):
-        """The model that a command line asks for; `classes`, their number, plays no part in it."""
-        base_encoder = encoders.build(args.arch, args.stem)
-        size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
-        return cls(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
-
-    @staticmethod
-    def recipe(args):
-        return augment.AUG_PLUS if args.aug_plus else augment.PLAIN
-
-    def forward(self, im_q, im_k, *, order=None):
+    def forward(self, im_q: Tensor, im_k: Tensor, *, order: Tensor | None = None) -> Tensor:
         """
         Args:
             im_q: (N, 3, H, W) float, this process's query views.
@@ -72,44 +67,49 @@ class MoCo(nn.Module):
         Returns:
             float32 scalar, the mean loss of this process's queries. The queue has taken up the step's keys.
         """
-        k, order = self.keys(im_k, order)  # first: its activations are gone when those of the queries come
-        q = self.encode(self.encoder_q, im_q)
-        # Similarities are float32 even where the encoders run in bfloat16 (autocast).
+        # compute key features, before the queries: their activations are freed first
+        k, order = self.keys(im_k, order)  # keys: NxC, shuffled
+
+        # compute query features
+        q = self.encode(self.encoder_q, im_q)  # queries: NxC
+
+        # compare in float32, even where the encoders run in bfloat16 (autocast)
         with torch.autocast(q.device.type, enabled=False):
-            k_all = unshuffle(distributed.all_gather(k), order)
-            loss = self.contrast(q, k_all)
+            # gather the keys of all processes and undo the shuffle
+            k_all = unshuffle(distributed.all_gather(k), order)  # keys: BxC
+
+            # logits against the own key and the queue: Nx(1+K)
+            logits = info_nce_logits(q, distributed.my_rows(k_all), self.queue.clone(), self.T)
+            if self.watch:
+                own_key = torch.arange(logits.shape[1], device=q.device).expand(logits.shape) == 0
+                self.health = contrast_health(logits, own_key, self.T)
+            loss = info_nce_loss(logits)
+
+            # dequeue and enqueue
             self.enqueue(k_all)
         return loss
 
-    def contrast(self, q, k_all):
-        logits = info_nce_logits(q, distributed.my_rows(k_all), self.queue.clone(), self.T)
-        if self.watch:
-            positives = torch.zeros_like(logits, dtype=torch.bool)
-            positives[:, 0] = True
-            self.health = contrast_health(logits, positives, self.T)
-        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
     @torch.no_grad()
-    def keys(self, im_k, order):
+    def keys(self, im_k: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(N, C) keys of this process in shuffled order, from the key encoder after its momentum update; the order."""
         self.momentum_update()
         if order is None and distributed.world_size() * self.bn_splits > 1:
             order = torch.randperm(len(im_k) * distributed.world_size(), device=im_k.device)
-            order = distributed.from_first(order)
+            order = distributed.broadcast(order)
             im_k = distributed.shuffle_images(im_k, order)
         return self.encode(self.encoder_k, im_k), order
 
-    def encode(self, encoder, images):
+    def encode(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C) float32, L2-normalised."""
         return F.normalize(encoders.apply(encoder, images, self.bn_splits), dim=1)
 
     @torch.no_grad()
-    def momentum_update(self):
+    def momentum_update(self) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q (arXiv:1911.05722, eq. 2)."""
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
 
     @torch.no_grad()
-    def enqueue(self, k_all, **more):
+    def enqueue(self, k_all: Tensor, **more: Tensor) -> None:
         """Overwrites the oldest keys, wrapping around at K. `self.NAME` is a queue for every NAME in `more`, too."""
         size = min(len(k_all), self.K)  # a batch longer than the queue leaves its last K keys
         skipped = len(k_all) - size
@@ -122,38 +122,48 @@ class MoCo(nn.Module):
 
 
 class LabelAwareMoCo(MoCo):
-    """MoCo with a label for every key of the queue. A variant says in `objective` what is contrasted with what."""
+    """MoCo with a label for every key of the queue. A variant gives its `loss`, or an `objective` of its own."""
 
     labelled = True
+    loss: Callable[[Tensor, Tensor], Tensor]  # of logits and positives, see moco.losses
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_buffer("label_queue", torch.full((self.K,), UNLABELLED, dtype=torch.long))
 
-    def forward(self, im_q, im_k, labels, *, order=None):
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor, *, order: Tensor | None = None) -> Tensor:
         """As MoCo.forward; labels: (N,) int64 of this process's queries, -1 for an image that matches nothing."""
-        k, order = self.keys(im_k, order)
-        q = self.encode(self.encoder_q, im_q)
+        # compute key and query features
+        k, order = self.keys(im_k, order)  # keys: NxC, shuffled
+        q = self.encode(self.encoder_q, im_q)  # queries: NxC
+
         with torch.autocast(q.device.type, enabled=False):
-            # One gather a step: a label travels beside a key, its 64 bits in the place of two floats.
-            packed = distributed.all_gather(torch.cat([k, labels.view(-1, 1).view(torch.float32)], dim=1))
-            k_all = unshuffle(packed[:, :-2], order)
-            labels_all = packed[:, -2:].contiguous().view(torch.long).view(-1)
+            # gather keys and labels of all processes; labels were not shuffled
+            k_all, labels_all = distributed.gather_keys_and_labels(k, labels)  # BxC, B
+            k_all = unshuffle(k_all, order)
+
+            # labels decide which keys are positives
             loss = self.objective(q, labels, k_all, labels_all)
+
+            # dequeue and enqueue
             self.enqueue(k_all, label_queue=labels_all)
         return loss
 
-    def objective(self, q, labels, k_all, labels_all):
-        """
+    def objective(self, q: Tensor, labels: Tensor, k_all: Tensor, labels_all: Tensor) -> Tensor:
+        """The variant's `loss` with A: the step's keys from every process, and the queue.
+
         Args:
             q: (N, C), labels: (N,), this process's queries, with gradient.
             k_all: (B, C), labels_all: (B,), the keys of the global batch, in its order, without.
         Returns:
             float32 scalar, the mean over the queries.
         """
-        raise NotImplementedError
+        logits, positives = self.compare(q, labels, k_all, labels_all, own=distributed.rank() * len(q))
+        if self.watch:
+            self.health = contrast_health(logits, positives, self.T)
+        return self.loss(logits, positives)
 
-    def compare(self, q, labels, k, k_labels, own):
+    def compare(self, q: Tensor, labels: Tensor, k: Tensor, k_labels: Tensor, own: int) -> tuple[Tensor, Tensor]:
         """Queries against the keys `k` (M, C) and the queue.
 
         Returns:
@@ -172,14 +182,8 @@ class MoCoIn(LabelAwareMoCo):
 
     loss = staticmethod(in_loss)
 
-    def objective(self, q, labels, k_all, labels_all):
-        logits, positives = self.compare(q, labels, k_all, labels_all, own=distributed.rank() * len(q))
-        if self.watch:
-            self.health = contrast_health(logits, positives, self.T)
-        return self.loss(logits, positives)
 
-
-class MoCoOut(MoCoIn):
+class MoCoOut(LabelAwareMoCo):
     """L_i = mean_{p in P(i)} -log( exp s(i, p) / sum_{a in A} exp s(i, a) ); A: the step's keys and the queue."""
 
     loss = staticmethod(out_loss)
@@ -188,14 +192,14 @@ class MoCoOut(MoCoIn):
 class MoCoSupLoss(LabelAwareMoCo):
     """As MoCoOut, with A: the other queries of the process (with gradient), its keys, and the queue."""
 
-    def objective(self, q, labels, k_all, labels_all):
+    def objective(self, q: Tensor, labels: Tensor, k_all: Tensor, labels_all: Tensor) -> Tensor:
         k = distributed.my_rows(k_all)
         chunks = zip(*(x.chunk(self.bn_splits) for x in (q, labels, k)), strict=True)
         losses, healths = zip(*(self.one_process(*chunk) for chunk in chunks), strict=True)
         self.health = torch.stack(healths).mean(0) if self.watch else None
         return torch.stack(losses).mean()
 
-    def one_process(self, q, labels, k):
+    def one_process(self, q: Tensor, labels: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         n = len(q)
         logits, positives = self.compare(q, labels, torch.cat([q, k]), labels.repeat(2), own=n)
         contrast = torch.ones_like(positives)
@@ -204,98 +208,6 @@ class MoCoSupLoss(LabelAwareMoCo):
         return out_loss(logits, positives, contrast), health
 
 
-class SupContrast(nn.Module):
-    """Supervised contrastive learning within a batch (arXiv:2004.11362, eq. 2): no queue, no momentum encoder.
-
-    Args:
-        base_encoder, dim, T, bn_splits: see MoCo; the head has two layers.
-    """
-
-    labelled = True
-    classifies = False
-    views = 2
-    shuffle_keys = False
-
-    def __init__(self, base_encoder, dim=128, T=0.1, *, bn_splits=1):
-        super().__init__()
-        self.T, self.bn_splits = T, bn_splits
-        self.watch, self.health = False, None
-        self.encoder_q = base_encoder(num_classes=dim)
-        add_mlp_head(self.encoder_q)
-
-    @staticmethod
-    def add_options(parser):
-        options.supcon_options(parser)
-
-    @classmethod
-    def from_options(cls, args, classes):
-        return cls(encoders.build(args.arch, args.stem), args.dim, args.temp, bn_splits=args.bn_splits)
-
-    @staticmethod
-    def recipe(args):
-        return augment.AUG_PLUS if args.aug_plus else augment.SUPCON
-
-    def forward(self, im_1, im_2, labels):
-        """
-        Args:
-            im_1, im_2: (N, 3, H, W) float, two views of this process's images. labels: (N,) int64.
-        Returns:
-            float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
-        """
-        # Batch norm sees both views of a chunk together.
-        chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
-        z = encoders.apply(self.encoder_q, torch.cat([view for pair in chunks for view in pair]), self.bn_splits)
-        z = F.normalize(z, dim=1)
-        with torch.autocast(z.device.type, enabled=False):
-            views_labels = torch.cat([pair for c in labels.chunk(self.bn_splits) for pair in (c, c)])
-            # Every process computes the loss of all anchors; the features of its own images carry gradient there.
-            z_all, labels_all = distributed.all_gather(z.detach()), distributed.all_gather(views_labels)
-            own = slice(distributed.rank() * len(z), (distributed.rank() + 1) * len(z))
-            if len(z_all) > len(z):
-                z_all = torch.cat([z_all[: own.start], z, z_all[own.stop :]])
-            else:
-                z_all = z
-            logits = z_all @ z_all.T / self.T
-            positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
-            contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
-            if self.watch:
-                self.health = contrast_health(logits, positives, self.T, contrast)
-            loss = out_loss(logits, positives, contrast) * (self.T / 0.07)
-            # Gradients are averaged over processes, but the parts that they have here must be added up.
-            return loss.detach() + distributed.world_size() * (loss - loss.detach())
-
-
-class CrossEntropy(nn.Module):
-    """The encoder with a linear layer, trained by cross entropy. `classifies`: it is evaluated as it is."""
-
-    labelled = True
-    classifies = True
-    views = 1
-    shuffle_keys = False
-
-    def __init__(self, base_encoder, classes, *, bn_splits=1):
-        super().__init__()
-        self.bn_splits = bn_splits
-        self.watch, self.health = False, None
-        self.encoder_q = base_encoder(num_classes=classes)
-
-    @staticmethod
-    def add_options(parser):
-        pass
-
-    @classmethod
-    def from_options(cls, args, classes):
-        return cls(encoders.build(args.arch, args.stem), classes, bn_splits=args.bn_splits)
-
-    @staticmethod
-    def recipe(args):
-        return augment.AUG_PLUS if args.aug_plus else augment.CROSS_ENTROPY
-
-    def forward(self, images, labels):
-        """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""
-        return F.cross_entropy(encoders.apply(self.encoder_q, images, self.bn_splits), labels)
-
-
-def unshuffle(k_all, order):
+def unshuffle(k_all: Tensor, order: Tensor | None) -> Tensor:
     """(B, C) gathered keys, put back into the order of the batch; `order` None if they never left it."""
     return k_all if order is None else torch.empty_like(k_all).index_copy_(0, order, k_all)

@@ -6,13 +6,13 @@ import contextlib
 import os
 import pickle
 import shutil
-import signal
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moco import distributed
 from moco.errors import RunError, UsageError
@@ -50,39 +50,39 @@ FIXED = [
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 
 
-def save(path, checkpoint, kept=None):
-    """Writes beside `path`, flushes and renames: `path` is always whole, the old checkpoint or the new one.
+def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
+    """Writes a temporary file, flushes and renames it: `path` is always whole, the old checkpoint or the new one.
 
     With a name to keep it under, that is there before `path` is new: a run killed in between makes both again.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
+        with open(tmp, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         if kept:
-            second_name(beside, path.with_name(kept))
-        os.replace(beside, path)
+            link_or_copy(tmp, path.with_name(kept))
+        os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__context__
         with contextlib.suppress(OSError):
-            beside.unlink()
+            tmp.unlink()
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         whole = " (the one before it is whole)" if path.exists() else ""
         raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
 
 
-def second_name(path, name):
-    beside = name.with_name(name.name + ".tmp")
-    beside.unlink(missing_ok=True)
+def link_or_copy(path, name):
+    tmp = name.with_name(name.name + ".tmp")
+    tmp.unlink(missing_ok=True)
     try:
-        os.link(path, beside)
+        os.link(path, tmp)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, beside)
-    os.replace(beside, name)
+        shutil.copyfile(path, tmp)
+    os.replace(tmp, name)
 
 
 def on_host(content):
@@ -134,49 +134,14 @@ class Writer:
             self.finish()
 
 
-class Interruption:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to come to a point where it can save and leave; then SIGINT ends it at
-    once."""
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self):
-        self.asked = 0
-        self.agreed = False  # all processes know
-
-    @property
-    def alone(self):
-        """Need not wait for the other processes' next look at it."""
-        return self.asked and distributed.world_size() == 1
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in self.signals}
-        return self
-
-    def ask(self, number, frame):
-        self.asked = number
-        for s in self.signals:  # schedulers send theirs more than once
-            signal.signal(s, signal.SIG_DFL if s == signal.SIGINT else signal.SIG_IGN)
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def leave(self, writer, when):
-        writer.finish()
-        say(f"stopped {when}; --resume auto goes on from there")
-        distributed.barrier()  # the first process has saved: whoever started them ends all when one is gone
-        raise SystemExit(128 + (self.asked or signal.SIGTERM))
-
-
-def check_finite(state_dict, when):
+def check_finite(state_dict: dict, when: str) -> None:
     """The losses are from before the last update: does it leave weights that are worth saving?"""
     extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
     if not torch.stack(extremes).isfinite().all():
         raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
 
 
-def load(path):
+def load(path: str | Path) -> dict:
     """The checkpoint's dict, on the CPU; `options` is always there.
 
     Raises:
@@ -185,13 +150,29 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
+    checkpoint = read(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
+    for name, value in checkpoint["state_dict"].items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+        if not isinstance(name, str) or not plain:
+            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
+    if not isinstance(checkpoint.get("options"), dict):  # of MoCo's own there are none
+        checkpoint["options"] = {}
+    return checkpoint
+
+
+def read(path: Path) -> object:
+    """What torch.save wrote, plain values only; RunError: the file is damaged or something else."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise RunError(f"checkpoint '{path}' is damaged: the checksum of {damaged} is wrong")
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
     except pickle.UnpicklingError as error:
@@ -201,28 +182,13 @@ def load(path):
     except Exception as error:  # a damaged file can fail anywhere in torch.load
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise RunError(f"checkpoint '{path}' is damaged or is none: {reason}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
-    for name, value in checkpoint["state_dict"].items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(value, torch.Tensor)
-            or value.layout != torch.strided
-            or value.is_meta
-        ):
-            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
-    if not isinstance(checkpoint.get("options"), dict):  # of MoCo's own there are none
-        checkpoint["options"] = {}
-    return checkpoint
 
 
-def with_prefix(state_dict):
+def with_prefix(state_dict: dict) -> dict:
     return {PREFIX + name: value for name, value in state_dict.items()}
 
 
-def load_state(module, state_dict, path):
+def load_state(module: nn.Module, state_dict: dict, path: str | Path) -> None:
     """Loads weights whose names begin with `module.`; RunError says which are missing, unknown or of another shape."""
     state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     own = module.state_dict()
@@ -239,47 +205,45 @@ def load_state(module, state_dict, path):
     module.load_state_dict(state_dict)
 
 
-def load_optimizer(optimizer, state, args):
-    """Its momentum buffers; the momentum and the weight decay are those of the command line."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Its momentum buffers; learning rate, momentum and weight decay stay those of the command line."""
+    mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group.update(momentum=args.momentum, weight_decay=args.weight_decay)
+    for group, settings in zip(optimizer.param_groups, mine, strict=True):
+        group.update(settings)
 
 
-def find(args, device, last=LAST):
+def find(resume: str | None, folder: str, device: torch.device, last: str = LAST) -> str | None:
     """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
-    path = Path(args.output_dir, last)
-    if args.resume == "":
+    path = Path(folder, last)
+    if resume == "":
         raise UsageError("--resume '' names no checkpoint")
-    if args.resume is None and path.is_file():
-        say(f"note: '{path}' is an earlier run's: this one replaces it (--resume auto goes on with it)")
-    if args.resume != "auto":
-        return args.resume
-    finders = distributed.all_sum(torch.tensor([int(path.is_file())], device=device)).item()
+    if resume is None and path.is_file():
+        say(f"note: '{path}' will be overwritten; --resume auto continues it")
+    if resume != "auto":
+        return resume
+    finders = distributed.total(path.is_file(), device)
     if 0 < finders < distributed.world_size():
-        raise UsageError(
-            f"only some machines find a checkpoint to resume: they must share --output-dir {args.output_dir}"
-        )
+        raise UsageError(f"only some machines find a checkpoint to resume: they must share --output-dir {folder}")
     return str(path) if finders else None
 
 
-def compare_data(saved, args, path):
-    """As `compare_options`, of what is known when the images are: their classes and their number."""
-    there, here = saved["options"].get("classes", args.classes), args.classes
-    if there != here:
-        other = [f"'{name}'" for name in [*there, *here] if name not in there or name not in here]
+def compare_data(saved: dict, images: int, classes: list[str], path: str) -> None:
+    """As `compare_options`, of what is known when the images are: their number and their classes."""
+    there = saved["options"].get("classes", classes)
+    if there != classes:
+        other = [f"'{name}'" for name in [*there, *classes] if name not in there or name not in classes]
         which = f" ({', '.join(other[:5])})" if other else ", in another order"
         raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
-    there, here = saved["options"].get("images", args.images), args.images
-    if there != here and saved.get("step"):
-        raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {here}")
-    if there != here:
-        say(f"note: the training images were {there} and are now {here}")
+    there = saved["options"].get("images", images)
+    if there != images and saved.get("step"):
+        raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {images}")
+    if there != images:
+        say(f"note: the training images were {there} and are now {images}")
 
 
-def compare_options(options, args, path):
+def compare_options(options: dict, now: dict, path: str) -> None:
     """Stops at options that would silently make a resumed run another one, announces the change of others."""
-    now = vars(args)
 
     def flag(name):
         name = {"weight_decay": "wd", "groups": "bn-splits"}.get(name, name)
@@ -299,3 +263,20 @@ def compare_options(options, args, path):
         raise UsageError(f"checkpoint '{path}' was trained with {flag(name)} {there}, this run has {here}")
     for name, there, here in differ(ANNOUNCED):
         say(f"note: {flag(name)} was {there} and is now {here}")
+
+
+def encoder_weights(state_dict: dict, path: str | Path) -> dict:
+    """The query encoder in a checkpoint of ours or of MoCo's, or the whole network of a linear evaluation."""
+    weights = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
+    prefix = "encoder_q." if any(name.startswith("encoder_q.") for name in weights) else ""
+    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if "conv1.weight" not in weights or weights["conv1.weight"].dim() != 4:
+        raise RunError(f"checkpoint '{path}' holds no ResNet: neither encoder_q.conv1.weight nor conv1.weight is there")
+    return weights
+
+
+def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classifier: bool = False) -> None:
+    """Loads everything but `fc`, or with `classifier` that too."""
+    weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
+    own = {} if classifier else {n: v for n, v in encoder.state_dict().items() if n.startswith("fc.")}
+    load_state(encoder, weights | own, path)

@@ -1,5 +1,7 @@
 """Base encoders: torchvision's ResNet family with the CIFAR or the ImageNet stem, and resnet20 for small machines."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from moco.errors import UsageError
 HIDDEN = 2048  # width of the projection head's hidden layer, whatever the encoder's width
 
 
-def build(arch, stem="cifar"):
+def build(arch: str, stem: str = "cifar") -> Callable[..., nn.Module]:
     """The `base_encoder` that `moco.builder` takes: `build("resnet50")(num_classes=128)` is a network ending in `fc`.
 
     Args:
@@ -40,7 +42,7 @@ def build(arch, stem="cifar"):
     return base_encoder
 
 
-def names():
+def names() -> list[str]:
     known = models.list_models(module=models)
     return ["resnet20", *(n for n in known if models.get_model_builder(n).__module__ == models.resnet.__name__)]
 
@@ -90,7 +92,7 @@ class resnet20(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def apply(encoder, images, bn_splits=1):
+def apply(encoder: nn.Module, images: torch.Tensor, bn_splits: int = 1) -> torch.Tensor:
     """(N, 3, H, W) -> (N, C) float32. In training, batch norm sees each of `bn_splits` chunks of the batch alone."""
     if bn_splits == 1 or not encoder.training:
         return encoder(images).float()
@@ -100,15 +102,16 @@ def apply(encoder, images, bn_splits=1):
     running = [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
     before, after = torch._foreach_mul(running, 1), torch._foreach_mul(running, 0)
     features = []
-    for chunk in images.chunk(bn_splits):
+    chunks = images.chunk(bn_splits)  # fewer, if there are fewer images
+    for chunk in chunks:
         torch._foreach_copy_(running, before)
         features.append(encoder(chunk).float())
-        torch._foreach_add_(after, running, alpha=1 / bn_splits)
+        torch._foreach_add_(after, running, alpha=1 / len(chunks))
     torch._foreach_copy_(running, after)
     return torch.cat(features)
 
 
-def add_mlp_head(network):
+def add_mlp_head(network: nn.Module) -> None:
     """Replaces `fc` with MoCo v2's head, Linear(width, 2048), ReLU, Linear(2048, dim): `fc.0.*` and `fc.2.*`."""
     width, dim = network.fc.in_features, network.fc.out_features
     network.fc = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, dim))

@@ -1,16 +1,20 @@
 """Evaluation, in float32: top-k accuracy, and the kNN monitor on frozen features."""
 
 import copy
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from moco import data, distributed
+from moco import augment, distributed
+from moco.batches import Centres
+from moco.datasets import Split
 
 
-def topk_hits(scores, labels, ks=(1, 5)):
+def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     """How many of the labels (N,) are among the k highest of the scores (N, classes), for each k: (len(ks),) int64."""
     best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
     hits = best == labels[:, None]
@@ -18,16 +22,17 @@ def topk_hits(scores, labels, ks=(1, 5)):
 
 
 @torch.no_grad()
-def accuracy(encoder, split, args, device):
-    """Top-1 and top-5 in percent of an encoder whose `fc` is the classifier, on the images as they are."""
-    network = frozen(encoder, keep_fc=True)
+def accuracy(
+    network: Callable[[Tensor], Tensor], split: Split, centre: augment.Centre, batch_size: int, device: torch.device
+) -> list[float]:
+    """Top-1 and top-5 in percent of a network that gives scores (N, classes)."""
     hits = torch.zeros(2, dtype=torch.long, device=device)
-    for images, labels in data.Centres(split, args, device, crop=False):
+    for images, labels in Centres(split, centre, batch_size, device):
         hits += topk_hits(network(images), labels)
     return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
 
 
-def frozen(encoder, keep_fc=False):
+def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
     """A copy of an encoder for fast inference: eval mode, batch norm folded into the convolutions, no `fc`.
 
     (N, 3, H, W) -> (N, width), or with `keep_fc` what `fc` makes of it.
@@ -47,10 +52,10 @@ def frozen(encoder, keep_fc=False):
 
 
 @torch.no_grad()
-def extract(encoder, split, args, device, crop=True):
+def extract(encoder: nn.Module, split: Split, centre: augment.Centre, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, width) float32 and labels (N,) of a split, in its order, on every process."""
-    features, labels = [], []
-    for images, targets in data.Centres(split, args, device, crop):
+    features, labels, device = [], [], next(encoder.parameters()).device
+    for images, targets in Centres(split, centre, batch_size, device):
         features.append(F.normalize(encoder(images), dim=1))
         labels.append(targets)
     features, labels = torch.cat(features), torch.cat(labels)
@@ -64,15 +69,23 @@ def extract(encoder, split, args, device, crop=True):
 
 
 @torch.no_grad()
-def knn(encoder, train, validation, args, device, k=200, temperature=0.1):
+def knn(
+    encoder: nn.Module,
+    train: Split,
+    validation: Split,
+    centre: augment.Centre,
+    batch_size: int = 256,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> float:
     """Top-1 accuracy in percent of the weighted nearest-neighbour vote (Wu et al., arXiv:1805.01978, section 3.4).
 
     The k training features most similar to a validation feature vote for their labels with weight
     exp(similarity / temperature). Features are those of the frozen encoder without its head.
     """
     encoder = frozen(encoder)
-    bank, bank_labels = extract(encoder, train, args, device)
-    queries, labels = extract(encoder, validation, args, device)
+    bank, bank_labels = extract(encoder, train, centre, batch_size)
+    queries, labels = extract(encoder, validation, centre, batch_size)
     classes = len(train.classes)
     right = 0
     for query, label in zip(queries.split(1000), labels.split(1000), strict=True):

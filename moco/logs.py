@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,42 +30,39 @@ def say(text):
 class Progress:
     """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    An epoch that goes on from step `first` has taken `seconds` before, and `cpu_seconds` of processor time over all
-    processes; so has one that begins after the last epoch's row was logged, while it was saved. `cpu_clock()` is the
-    processor time of this process and its workers so far.
+    `record` (see epoch.Record) says from which step the epoch goes on and what it has already spent: before it was
+    interrupted, or while the epoch before was saved. `cpu_clock()` is the processor time of this process and its
+    workers so far.
     """
 
-    def __init__(self, epoch, epochs, steps, images_per_step, cpu_clock, first=0, seconds=0.0, cpu_seconds=0.0):
+    def __init__(self, epoch, epochs, steps, images_per_step, record, cpu_clock):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
-        self.first = self.done = first
+        self.first = self.done = first = record.shown
         self.begun = self.mark = time.perf_counter()
-        self.start = self.begun - seconds
+        self.start = self.begun - record.seconds
         self.cpu_clock = cpu_clock
-        self.cpu_start = cpu_clock() - (cpu_seconds if distributed.rank() == 0 else 0.0)
+        self.cpu_start = cpu_clock() - (record.cpu_seconds if distributed.rank() == 0 else 0.0)
         self.waiting = 0.0
         self.bar = None
         if distributed.rank() == 0 and sys.stdout.isatty():
             self.bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs - 1}", unit="step", leave=False)
 
     def waited_for(self, iterable):
-        """The same items; counts the seconds that it takes to get them (on a GPU: to ask for them)."""
+        """Steps and their items; counts the seconds that it takes to get these (on a GPU: to ask for them)."""
         iterator = iter(iterable)
-        while True:
+        for step in count(self.first):
             start = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
+            if (item := next(iterator, None)) is None:
                 return
             self.waiting += time.perf_counter() - start
-            yield item
+            yield step, item
 
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.start
-
-    def cpu_seconds(self, device):
-        """Processor time of the epoch over all threads, workers and processes; each process must call it."""
-        return distributed.total(self.cpu_clock() - self.cpu_start, device)
+    def spent(self, device, since=None):
+        """Seconds of the epoch, and its processor time over all threads, workers and processes; `since`: a row of the
+        log that says how much that was then. Each process must call it."""
+        then = (since["seconds"], since["cpu_seconds"]) if since else (0.0, 0.0)
+        cpu = distributed.total(self.cpu_clock() - self.cpu_start, device)
+        return time.perf_counter() - self.start - then[0], cpu - then[1]
 
     @property
     def images_per_second(self):

@@ -7,9 +7,10 @@ whatever comes in: bfloat16 has too few digits for a log-sum-exp over 65,536 key
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def in_loss(logits, positives):
+def in_loss(logits: Tensor, positives: Tensor) -> Tensor:
     """SupContrast "In": the mean over the positives is inside the logarithm (L_in, arXiv:2004.11362, eq. 3).
 
         L_i = -log( 1/|P(i)| * sum_{p in P(i)} exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
@@ -26,7 +27,7 @@ def in_loss(logits, positives):
     return mean_over_rows(loss, count > 0)
 
 
-def out_loss(logits, positives, contrast=None):
+def out_loss(logits: Tensor, positives: Tensor, contrast: Tensor | None = None) -> Tensor:
     """SupContrast "Out": the mean over the positives is outside the logarithm (L_out, arXiv:2004.11362, eq. 2).
 
         L_i = 1/|P(i)| * sum_{p in P(i)} -log( exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
@@ -50,7 +51,7 @@ def out_loss(logits, positives, contrast=None):
     return mean_over_rows(distance.sum(1) / count.clamp(min=1), count > 0)
 
 
-def info_nce(q, k, queue, temperature):
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """InfoNCE of MoCo (arXiv:1911.05722, eq. 1): the positive is the query's own key, the negatives are the queue.
 
     Args:
@@ -58,27 +59,31 @@ def info_nce(q, k, queue, temperature):
     Returns:
         float32 scalar, the mean over the queries.
     """
-    logits = info_nce_logits(q, k, queue, temperature)
+    return info_nce_loss(info_nce_logits(q, k, queue, temperature))
+
+
+def info_nce_loss(logits: Tensor) -> Tensor:
+    """Cross entropy of (N, 1 + K) logits whose column 0 is the positive; scalar, the mean over rows."""
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
-def info_nce_logits(q, k, queue, temperature):
+def info_nce_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """(N, 1 + K) float32: column 0 is the query's own key, the others are the queue."""
     q, k, queue = q.float(), k.float(), queue.float()
     return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature
 
 
-def masked_logsumexp(logits, mask):
+def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     """log sum exp over the columns in `mask`. A row without one gives a huge negative number and no NaN gradient."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).logsumexp(1)
 
 
-def mean_over_rows(loss, counted):
+def mean_over_rows(loss: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def contrast_health(logits, positives, temperature, contrast=None):
+def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contrast: Tensor | None = None) -> Tensor:
     """What tells whether a loss near log K is normal, as a (4,) float32 tensor.
 
     In order: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity

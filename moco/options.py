@@ -3,11 +3,16 @@
 import argparse
 import math
 import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from moco import augment, data, distributed, logs
-from moco.errors import one_line
+from moco import augment, datasets, distributed, logs
+from moco.epoch import moco_learning_rate, supcon_learning_rate
+from moco.errors import UsageError, one_line
 
 LARGEST = 2**31 - 1  # of a whole number
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
@@ -16,18 +21,26 @@ DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 # Recipes of the linear evaluation: defaults of options, and what has no option (views of the training images, a
 # central crop of the validation images or all of them, the factor at each epoch of the schedule).
 LINEAR_RECIPES = {
-    "moco": dict(
-        batch_size=256, lr=30.0, schedule=[60, 80], train_views=augment.LINEAR, centre_crop=True, lr_decay=0.1
-    ),
-    "supcon": dict(
-        batch_size=512,
-        lr=5.0,
-        schedule=[60, 75, 90, 100],
-        train_views=augment.CROSS_ENTROPY,
-        centre_crop=False,
-        lr_decay=0.2,
-    ),
+    "moco": dict(batch_size=256, lr=30.0, schedule=[60, 80])
+    | dict(train_views=augment.LINEAR, centre_crop=True, lr_decay=0.1),
+    "supcon": dict(batch_size=512, lr=5.0, schedule=[60, 75, 90, 100])
+    | dict(train_views=augment.CROSS_ENTROPY, centre_crop=False, lr_decay=0.2),
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a pretraining script needs besides its model class.
+
+    add_options: adds the method's own options to a parser. build: the model, from its class, a base encoder, the
+    options and the number of classes. views: the recipe of each view of an image. learning_rate: at a moment of the
+    run, in epochs.
+    """
+
+    add_options: Callable[[argparse.ArgumentParser], None]
+    build: Callable[[type, Callable, Namespace, int], nn.Module]
+    views: Callable[[Namespace], list[augment.Recipe]]
+    learning_rate: Callable[[float, Namespace], float]
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,106 +77,92 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
 
 
 positive_int, positive_float = number(int, 1, LARGEST), number(float, above=0)
-count, amount = number(int, 0, LARGEST), number(float, 0)
+count, amount, fraction = number(int, 0, LARGEST), number(float, 0), number(float, 0, 1)
 
 
-def pretrain_parser(description):
-    """Options of the pretraining scripts."""
+def pretrain_parser(description: str, method: Method | None = None, **defaults) -> Parser:
+    """Options of the pretraining scripts; `defaults`: those that differ from MoCo's."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--cos", action=argparse.BooleanOptionalAction, default=False, help="half a cosine from lr to 0, not --schedule"
     )
-    parser.add_argument(
-        "--warm-up",
-        type=count,
-        default=5,
-        metavar="N",
-        help="epochs from lr 0 to lr (default: 5); without a queue 10 from lr 0.01, and none up to a batch of 256",
-    )
-    parser.add_argument(
-        "--aug-plus",
-        action="store_true",
-        help="MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)",
-    )
-    more = parser.add_argument_group("beyond the reference")
-    more.add_argument(
-        "--save-freq",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)",
-    )
-    more.add_argument(
-        "--stem",
-        choices=("cifar", "imagenet"),
-        help="first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)",
-    )
-    more.add_argument(
-        "--bn-splits",
-        type=positive_int,
-        default=1,
-        metavar="S",
-        help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)",
-    )
-    more.add_argument(
-        "--knn-freq",
-        type=count,
-        default=0,
-        metavar="N",
-        help="epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)",
-    )
-    parser.set_defaults(supcon_cosine=False)
+    text = "epochs from lr 0 to lr (default: 5); without a queue 10 from lr 0.01, and none up to a batch of 256"
+    add("--warm-up", type=count, default=5, metavar="N", help=text)
+    text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
+    add("--aug-plus", action="store_true", help=text)
+    add = parser.add_argument_group("beyond the reference").add_argument
+    text = "epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)"
+    add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
+    text = "first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)"
+    add("--stem", choices=("cifar", "imagenet"), help=text)
+    text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
+    add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
+    text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
+    add("--knn-freq", type=count, default=0, metavar="N", help=text)
+    if method:
+        method.add_options(parser)
+    parser.set_defaults(**defaults)
     return parser
 
 
 def moco_options(parser):
-    """Options of the scripts with a queue."""
     moco = parser.add_argument_group("momentum contrast")
-    moco.add_argument(
-        "--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)"
-    )
-    moco.add_argument(
-        "--moco-k", type=positive_int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)"
-    )
-    moco.add_argument(
-        "--moco-m",
-        type=number(float, 0, 1),
-        default=0.99,
-        metavar="M",
-        help="momentum of the key encoder (default: %(default)s)",
-    )
-    moco.add_argument(
-        "--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)"
-    )
-    moco.add_argument("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
+    add = moco.add_argument
+    add("--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)")
+    add("--moco-k", type=positive_int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)")
+    add("--moco-m", type=fraction, default=0.99, metavar="M", help="momentum of the key encoder (default: %(default)s)")
+    add("--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)")
+    add("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
 
 
 def supcon_options(parser):
-    """Options of main_supcon.py."""
-    supcon = parser.add_argument_group("SupContrast")
-    supcon.add_argument(
-        "--dim", type=positive_int, default=128, metavar="C", help="width of the features (default: 128)"
-    )
-    supcon.add_argument("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
+    add = parser.add_argument_group("SupContrast").add_argument
+    add("--dim", type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
+    add("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
 
 
-def linear_parser(description):
+def build_moco(model_class, base_encoder, args, classes):
+    size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
+    return model_class(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
+
+
+def build_supcon(model_class, base_encoder, args, classes):
+    return model_class(base_encoder, args.dim, args.temp, bn_splits=args.bn_splits)
+
+
+def build_classifier(model_class, base_encoder, args, classes):
+    return model_class(base_encoder, classes, bn_splits=args.bn_splits)
+
+
+def views(count, plain):
+    """The recipe of `count` views: MoCo v2's with --aug-plus, else the method's own."""
+    return lambda args: [replace(augment.AUG_PLUS if args.aug_plus else plain, size=args.image_size)] * count
+
+
+def moco_rate(epoch, args):
+    return moco_learning_rate(epoch, args.lr, args.epochs, args.warm_up, None if args.cos else args.schedule)
+
+
+def supcon_rate(epoch, args):
+    return supcon_learning_rate(epoch, args.lr, args.epochs, args.warm_up) if args.cos else moco_rate(epoch, args)
+
+
+MOCO = Method(moco_options, build_moco, views(2, augment.PLAIN), moco_rate)
+SUPCON = Method(supcon_options, build_supcon, views(2, augment.SUPCON), supcon_rate)
+CROSS_ENTROPY = Method(lambda parser: None, build_classifier, views(1, augment.CROSS_ENTROPY), supcon_rate)
+
+
+def linear_parser(description: str) -> Parser:
     """Options of main_lincls.py."""
     recipe = linear_recipe()
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
-    parser.add_argument("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
-    parser.add_argument(
-        "--recipe",
-        choices=tuple(LINEAR_RECIPES),
-        default="moco",
-        help="supcon: the evaluation of SupContrast's authors, batch 512, lr 5, its schedule and views (default: moco)",
-    )
-    parser.add_argument(
-        "-e",
-        "--evaluate",
-        action="store_true",
-        help="only evaluate the classifier of --resume on the validation images",
-    )
+    add = parser.add_argument
+    add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
+    text = "supcon: the evaluation of SupContrast's authors, batch 512, lr 5, its schedule and views (default: moco)"
+    add("--recipe", choices=tuple(LINEAR_RECIPES), default="moco", help=text)
+    text = "only evaluate the classifier of --resume on the validation images"
+    add("-e", "--evaluate", action="store_true", help=text)
     parser.set_defaults(arch=None, image_size=None, stem=None, **recipe)
     return parser
 
@@ -178,189 +177,154 @@ def linear_recipe():
         return LINEAR_RECIPES["moco"]
 
 
-def base_parser(description, epochs, lr, weight_decay, schedule):
+def base_parser(description: str, epochs: int, lr: float, weight_decay: float, schedule: list[int]) -> Parser:
+    """Options of every training script."""
     first, _, rest = description.partition("\n")
     parser = Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add(
-        "data",
-        nargs="?",
-        metavar="DIR",
-        help="folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to",
-    )
-    add(
-        "-a",
-        "--arch",
-        default="resnet50",
-        help="resnet20, or a network of torchvision's ResNet family (default: resnet50; for main_lincls.py the checkpoint's)",
-    )
-    add(
-        "-j",
-        "--workers",
-        type=count,
-        default=8,
-        metavar="N",
-        help="loader processes, where images are loaded at all (default: %(default)s)",
-    )
-    add(
-        "--epochs",
-        type=positive_int,
-        default=epochs,
-        metavar="N",
-        help="to train, from the first on (default: %(default)s)",
-    )
-    add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
-    add(
-        "-b",
-        "--batch-size",
-        type=positive_int,
-        default=256,
-        metavar="N",
-        help="over all processes (default: %(default)s)",
-    )
-    add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
-    add(
-        "--schedule",
-        type=count,
-        nargs="*",
-        default=schedule,
-        metavar="EPOCH",
-        help="epochs at which lr falls to a tenth (default: %(default)s)",
-    )
-    add("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="of SGD (default: %(default)s)")
-    add(
-        "--wd",
-        "--weight-decay",
-        type=amount,
-        default=weight_decay,
-        dest="weight_decay",
-        metavar="W",
-        help="weight decay (default: %(default)s)",
-    )
-    add(
-        "-p",
-        "--print-freq",
-        type=positive_int,
-        default=10,
-        metavar="N",
-        help="steps between two log lines (default: %(default)s)",
-    )
-    add(
-        "--resume", metavar="PATH", help="checkpoint to go on from; auto: the last one in --output-dir, if there is one"
-    )
-    add("--seed", type=count, help="of every random choice (default: drawn, printed, kept in the checkpoint)")
-
-    where = parser.add_argument_group("processes")
-    where.add_argument(
-        "--multiprocessing-distributed",
-        action="store_true",
-        help="one process for each visible GPU (torchrun works too)",
-    )
-    where.add_argument("--gpu", type=count, metavar="ID", help="the only GPU to use")
-    where.add_argument("--world-size", type=int, default=-1, metavar="N", help="machines (default: one)")
-    where.add_argument("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
-    where.add_argument(
-        "--dist-url",
-        default="tcp://localhost:10001",
-        metavar="URL",
-        help="where the processes meet (default: %(default)s)",
-    )
-    where.add_argument("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
-
-    more = parser.add_argument_group("beyond the reference: data and speed")
-    more.add_argument(
-        "--output-dir",
-        default=".",
-        metavar="DIR",
-        help="for checkpoints, log.csv and tensorboard/ (default: the current folder)",
-    )
-    more.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="auto",
-        help="auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; digits needs no DIR (default: auto)",
-    )
-    more.add_argument(
-        "--per-class",
-        type=positive_int,
-        metavar="N",
-        help="only the first N training images of each class",
-    )
-    more.add_argument(
-        "--holdout",
-        type=count,
-        default=0,
-        metavar="N",
-        help="validate on the last N training images of each class, and do not train on them: to choose options by",
-    )
-    more.add_argument(
-        "--image-size",
-        type=number(int, 8, 4096),
-        default=32,
-        metavar="PIXELS",
-        help="side of the views (default: 32; for main_lincls.py the checkpoint's)",
-    )
-    more.add_argument(
-        "--mean",
-        type=number(float),
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="of the pixels, in 0..1 (default: the data set's, CIFAR-10's for image folders)",
-    )
-    more.add_argument("--std", type=positive_float, nargs=3, metavar=("R", "G", "B"), help="likewise")
-    more.add_argument(
-        "--views",
-        choices=("batched", "pil"),
-        default="batched",
-        help="how views are made where the data set fits into memory: in batches on the device, or by Pillow in loader processes (default: batched)",
-    )
-    more.add_argument(
-        "--precision", choices=("bf16", "fp32"), help="of the encoders (default: bf16 on GPUs that have it, else fp32)"
-    )
-    more.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)",
-    )
+    training_options(parser.add_argument, epochs, lr, weight_decay, schedule)
+    process_options(parser.add_argument_group("processes").add_argument)
+    data_options(parser.add_argument_group("beyond the reference: data and speed").add_argument)
     return parser
 
 
-def parse(parser):
-    args = parser.parse_args()
-    args.program = parser.prog
+def training_options(add, epochs, lr, weight_decay, schedule):
+    text = "folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to"
+    add("data", nargs="?", metavar="DIR", help=text)
+    text = (
+        "resnet20, or a network of torchvision's ResNet family (default: resnet50; for main_lincls.py the checkpoint's)"
+    )
+    add("-a", "--arch", default="resnet50", help=text)
+    text = "data-loading workers (unused for data in memory) (default: %(default)s)"
+    add("-j", "--workers", type=count, default=8, metavar="N", help=text)
+    add("--epochs", type=positive_int, default=epochs, metavar="N", help="total epochs (default: %(default)s)")
+    add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
+    text = "over all processes (default: %(default)s)"
+    add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help=text)
+    add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
+    text = "epochs at which lr falls to a tenth (default: %(default)s)"
+    add("--schedule", type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
+    add("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
+    decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")
+    add("--wd", "--weight-decay", **decay, help="weight decay (default: %(default)s)")
+    text = "steps between two log lines (default: %(default)s)"
+    add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help=text)
+    text = "checkpoint to go on from; auto: the last one in --output-dir, if there is one"
+    add("--resume", metavar="PATH", help=text)
+    add("--seed", type=count, help="of every random choice (default: drawn, printed, kept in the checkpoint)")
+
+
+def process_options(add):
+    text = "one process for each visible GPU (torchrun works too)"
+    add("--multiprocessing-distributed", action="store_true", help=text)
+    add("--gpu", type=count, metavar="ID", help="the only GPU to use")
+    add("--world-size", type=int, default=-1, metavar="N", help="machines (default: one)")
+    add("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
+    text = "where the processes meet (default: %(default)s)"
+    add("--dist-url", default="tcp://localhost:10001", metavar="URL", help=text)
+    add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
+
+
+def data_options(add):
+    text = "for checkpoints, log.csv and tensorboard/ (default: the current folder)"
+    add("--output-dir", default=".", metavar="DIR", help=text)
+    text = (
+        "auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
+        "digits needs no DIR (default: auto)"
+    )
+    add("--dataset", choices=DATASETS, default="auto", help=text)
+    text = "only the first N training images of each class"
+    add("--per-class", type=positive_int, metavar="N", help=text)
+    text = "validate on the last N training images of each class, and do not train on them: to choose options by"
+    add("--holdout", type=count, default=0, metavar="N", help=text)
+    text = "side of the views (default: 32; for main_lincls.py the checkpoint's)"
+    add("--image-size", type=number(int, 8, 4096), default=32, metavar="PIXELS", help=text)
+    rgb = dict(nargs=3, metavar=("R", "G", "B"))
+    text = "of the pixels, in 0..1 (default: the data set's, CIFAR-10's for image folders)"
+    add("--mean", type=number(float), **rgb, help=text)
+    add("--std", type=positive_float, **rgb, help="likewise")
+    text = (
+        "how views are made where the data set fits into memory: in batches on the device, or by Pillow in "
+        "data-loading workers (default: batched)"
+    )
+    add("--views", choices=("batched", "pil"), default="batched", help=text)
+    text = "of the encoders (default: bf16 on GPUs that have it, else fp32)"
+    add("--precision", choices=("bf16", "fp32"), help=text)
+    text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
+    add("--compile", action=argparse.BooleanOptionalAction, help=text)
+
+
+def launching(args: Namespace) -> dict:
+    """The options of `launch.launch`."""
+    names = ("multiprocessing_distributed", "gpu", "world_size", "rank", "dist_url", "dist_backend")
+    return {name: getattr(args, name) for name in names}
+
+
+def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict) -> Namespace:
+    """The final value of every option of a pretraining script; `saved`: the options of the checkpoint to go on from."""
+    args = resolve(args, device)
+    args.objective, args.groups = objective, distributed.world_size() * args.bn_splits
+    args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")
+    if args.warm_up is None:  # SupContrast's authors, for batches over 256
+        args.warm_up = 10 if args.batch_size > 256 else 0
+    if args.batch_size % args.groups:
+        raise UsageError(f"-b {args.batch_size} cannot be cut into --bn-splits {args.bn_splits} equal chunks")
+    if args.batch_size < 2 * args.groups:
+        raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
+    if args.start_epoch >= args.epochs:
+        raise UsageError(
+            f"--start-epoch {args.start_epoch} leaves no epoch of --epochs {args.epochs}: it counts from 0"
+        )
+    args.seed = shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
     return args
 
 
-def settle(args, device):
-    """Fills in what depends on the data set and the device."""
-    args.dataset = data.resolve(args)
-    mean, std = data.STATISTICS[args.dataset]
+def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, stem: str) -> Namespace:
+    """Likewise of main_lincls.py. What the command line leaves open is the checkpoint's: `saved`, from `source`."""
+    args, theirs, arch = Namespace(**vars(args)), saved["options"], saved.get("arch")
+    if args.arch and arch and args.arch != arch:
+        raise UsageError(f"checkpoint '{source}' was trained with -a {arch}, not {args.arch}")
+    args.arch, args.stem = args.arch or arch or "resnet50", stem
+    args.image_size = args.image_size or theirs.get("image_size") or (32 if stem == "cifar" else 224)
+    mean, std = datasets.IMAGENET if stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
+    args.mean, args.std = args.mean or theirs.get("mean", mean), args.std or theirs.get("std", std)
+    if args.dataset == "auto":
+        possible = ["digits"] if args.data is None else datasets.candidates(args.data)
+        args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
+    args = resolve(args, device)
+    if args.evaluate:
+        args.centre_crop = theirs.get("centre_crop", args.centre_crop)
+        return args
+    args.seed = shared_seed(theirs.get("seed") if args.resume and args.seed is None else args.seed, device)
+    return args
+
+
+def resolve(args: Namespace, device: torch.device) -> Namespace:
+    """What depends on the data set, the device and the processes, for every script."""
+    args = Namespace(**vars(args))
+    if args.batch_size % distributed.world_size():
+        raise UsageError(f"-b {args.batch_size} cannot be shared equally by {distributed.world_size()} processes")
+    args.dataset = datasets.resolve(args.dataset, args.data)
+    mean, std = datasets.STATISTICS[args.dataset]
     args.mean, args.std = list(args.mean or mean), list(args.std or std)
-    args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        # TF32 for convolutions, where float32 is asked for; similarities and views are products in float32 itself.
-        torch.backends.cudnn.allow_tf32 = True
+    return args
 
 
-def settle_compile(args, steps, device):
-    """As `settle`, for epochs of so many steps."""
-    if args.compile is None:  # it takes a minute or two; a run of this many steps earns it back on a GPU
-        args.compile = device.type == "cuda" and steps * args.epochs >= 15_000
+def compiles(args: Namespace, steps: int, device: torch.device) -> bool:
+    """--compile, or its default: it takes a minute or two, which a run of this many steps earns back on a GPU."""
+    return device.type == "cuda" and steps * args.epochs >= 15_000 if args.compile is None else args.compile
 
 
-def shared_seed(seed, device):
-    """The seed, or one that the first process draws for all."""
+def shared_seed(seed: int | None, device: torch.device) -> int:
+    """The seed, or one that rank 0 draws for all."""
     if seed is None:
-        drawn = torch.randint(2**31, (1,)).to(device)
-        seed = int(distributed.from_first(drawn))
+        seed = int(distributed.broadcast(torch.randint(2**31, (1,)).to(device)))
         logs.say(f"seed {seed} (repeat this run with --seed {seed})")
     return seed
 
 
-def plain(args):
+def plain(args: Namespace) -> dict:
     """The options as a checkpoint keeps them: plain values only."""
     kinds = (str, int, float, bool, type(None), list)
     return {name: value for name, value in vars(args).items() if isinstance(value, kinds)}

@@ -27,9 +27,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reproduce import commit, describe_hardware, versions, write_json
+from reproduce import commit, describe_hardware, versions
 
-from moco import augment, builder, data, distributed, encoders, options, pretrain
+from moco import augment, builder, datasets, distributed, encoders, launch, options, pretrain
+from results import write_json
 
 IMAGES, CLASSES = 4096, 10
 # As in the README's commands, but for one epoch that is as long as the measurement.
@@ -90,18 +91,20 @@ def report(figures, out, key, value, title, shown=None):
     print(f"{title:<72} {value if shown is None else shown:>12,.2f}", flush=True)
 
 
-def synthetic():
+def synthetic(count):
+    """Random images: so many, of which 4,096 differ."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=rng)
-    return data.Split(torch.arange(IMAGES) % CLASSES, [str(c) for c in range(CLASSES)], images)
+    chosen = torch.arange(count) % IMAGES
+    return datasets.Split(chosen % CLASSES, [str(c) for c in range(CLASSES)], images[chosen])
 
 
 def bench_views(show, gpu, rounds):
     """Two views an image: torchvision on PIL images on one core, against batches on this device (one core of a CPU)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    images = synthetic().images[:256]
-    recipe, statistics_ = augment.AUG_PLUS, data.CIFAR10
+    images = synthetic(256).images
+    recipe, statistics_ = augment.AUG_PLUS, datasets.CIFAR10
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     transform = recipe.transform(*statistics_)
     device = torch.device("cuda" if gpu else "cpu")
@@ -125,7 +128,7 @@ def bench_views(show, gpu, rounds):
     pairs = [(256 / seconds(by_pillow), 256 * times / seconds(in_batches, gpu)) for _ in range(rounds)]
     torch.set_num_threads(threads)
     pillow, batched = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
-    cores = data.cores() if gpu else 1
+    cores = distributed.cores() if gpu else 1
     show("views_pil_per_core", pillow, "PIL views on one core, images/s (two views each)")
     show("views_batched", batched, f"batched views on {'this GPU' if gpu else 'one core'}, images/s")
     ratio = statistics.median(b / p for p, b in pairs) / cores
@@ -191,11 +194,11 @@ def bench_growth(show, words, gpu, fast):
         show(f"step_ms_batch_{batch}", milliseconds(batch), f"a step of {arch}, batch {batch}, queue 4,096, ms")
     for queue in (4096, 16384, 65536):
         show(f"step_ms_queue_{queue}", milliseconds(256, "--moco-k", str(queue)), f"  batch 256, queue {queue:,}, ms")
-    for processes in range(1, (torch.cuda.device_count() if gpu else data.cores()) + 1):
+    for processes in range(1, (torch.cuda.device_count() if gpu else distributed.cores()) + 1):
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
         case = ["--loop", "-a", arch, "-b", "256", *steps, *fast]
-        threads = {} if gpu else {"OMP_NUM_THREADS": str(max(1, data.cores() // processes))}
+        threads = {} if gpu else {"OMP_NUM_THREADS": str(max(1, distributed.cores() // processes))}
         done = subprocess.run([*launcher, *case], capture_output=True, text=True, env={**os.environ, **threads})
         if done.returncode:
             sys.exit(f"bench.py: error: {processes} processes ended with:\n{done.stderr[-2000:]}")
@@ -227,80 +230,72 @@ class Plain(builder.MoCoOut):
 
     shuffle_keys = False
 
-    @classmethod
-    def from_options(cls, args, classes):
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
-        return super().from_options(args, classes)
-
     def to(self, device, memory_format=None):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
         return super().to(device)
 
     def forward(self, im_q, im_k, labels):
         return super().forward(im_q.contiguous(), im_k.contiguous(), labels)
 
 
+class Clock:
+    """Notes when each measured step begins; stands still while `at_step(i)` runs, before every `every`-th of them."""
+
+    def __init__(self, steps, skipped, at_step, every):
+        self.steps, self.at_step, self.every = steps, at_step, every
+        self.step, self.times, self.paused = -skipped, [], 0.0
+
+    def tick(self):
+        gpu = torch.cuda.is_available()
+        if self.step == 0 and gpu:
+            torch.cuda.reset_peak_memory_stats()  # of the search for the fastest convolutions
+        if self.at_step and 0 <= self.step <= self.steps and self.step % self.every == 0:
+            self.paused += seconds(lambda: self.at_step(self.step), gpu)
+        elif self.step in (0, self.steps) and gpu:
+            torch.cuda.synchronize()
+        if 0 <= self.step <= self.steps:
+            self.times.append(time.perf_counter() - self.paused)
+        self.step += 1
+
+
 compiled = None  # the network and the batch that torch.compile has seen
 
 
 def loop(*words, at_step=None, every=1):
-    """The training loop that main_moco_out.py runs.
-
-    `at_step(i)`: called before every `every`-th measured step, and after the last one; the clock stands still meanwhile.
+    """The training loop that main_moco_out.py runs, its model a little changed: it ticks at each forward pass.
 
     Returns:
         images/s without its first steps; and in seconds when each measured step began, and when the last one ended.
     """
-    parser = options.pretrain_parser("")
-    builder.MoCoOut.add_options(parser)
+    parser = options.pretrain_parser("", options.MOCO)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plain", action="store_true")
-    args = parser.parse_args(["data/", *LOOP.split(), *words])
+    args = parser.parse_args(["data/", "--dataset", "cifar10", *LOOP.split(), *words])
     global compiled
     if args.compile and compiled != (args.arch, args.batch_size):
         torch._dynamo.reset()  # a second size would have it make programs for any size, which are slower
         compiled = (args.arch, args.batch_size)
-    skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
-    wanted = (args.steps + skipped) * args.batch_size
-    split = synthetic()
-    times = -(-wanted // len(split))
-    split = data.Split(split.labels.repeat(times)[:wanted], split.classes, split.images.repeat(times, 1, 1, 1)[:wanted])
     if args.plain:
-        args.views, args.precision, args.compile, args.print_freq, args.workers = "pil", "fp32", False, 1, data.cores()
+        plain = dict(views="pil", precision="fp32", compile=False, print_freq=1, workers=distributed.cores())
+        vars(args).update(plain)
+    skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
+    clock = Clock(args.steps, skipped, at_step, every)
 
-    clock, paused = [], 0.0
+    class Timed(Plain if args.plain else builder.MoCoOut):
+        def forward(self, *views, **order):
+            clock.tick()
+            return super().forward(*views, **order)
 
-    def load(args, train, device):
-        images = split.images if args.views == "pil" else split.images.to(device)
-        return data.Split(split.labels, split.classes, images)
+    def work(device):
+        images = synthetic((args.steps + skipped + 1) * args.batch_size)  # one more step: its beginning ends the last
+        if not args.plain:
+            images.images = images.images.to(device)
+        with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, "w") as null, redirect_stdout(null):
+            resolved = options.resolve_pretraining(args, device, "MoCoOut", {})
+            pretrain.fit(Timed, options.MOCO, resolved, device, images)
 
-    def tick():
-        nonlocal paused
-        step = len(clock) - skipped
-        if step == 0 and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # of the search for the fastest convolutions
-        if at_step and step >= 0 and step % every == 0:
-            paused += seconds(lambda: at_step(step), torch.cuda.is_available())
-        elif step in (0, args.steps) and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        clock.append(time.perf_counter() - paused)
-
-    def learning_rate(epoch, args):  # the loop asks for it at each of its steps
-        tick()
-        return rate(epoch, args)
-
-    def save(*rest):
-        tick()
-
-    rate, kept = pretrain.learning_rate, (data.load, pretrain.save, data.resolve)
-    data.load, pretrain.save, pretrain.learning_rate, data.resolve = load, save, learning_rate, lambda args: "cifar10"
-    try:
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, redirect_stdout(null):
-            args.output_dir = folder
-            distributed.launch(partial(pretrain.train, Plain if args.plain else builder.MoCoOut), args)
-    finally:
-        pretrain.learning_rate, (data.load, pretrain.save, data.resolve) = rate, kept
-    clock = clock[skipped:]
-    return args.steps * args.batch_size / (clock[-1] - clock[0]), clock
+    launch.launch(work, **options.launching(args))
+    return args.steps * args.batch_size / (clock.times[-1] - clock.times[0]), clock.times
 
 
 def bare(arch, batch, gpu):

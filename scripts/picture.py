@@ -3,7 +3,6 @@
 python scripts/picture.py RUN [DATA]        # RUN/picture.png, from the logs and checkpoint_last.pth.tar in RUN
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sklearn.manifold import TSNE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, data, distributed, encoders, evaluate, logs, options
+from moco import augment, checkpoint, datasets, encoders, evaluate, launch, logs, options
 from moco.errors import RunError, UsageError
 
 
@@ -33,7 +32,7 @@ def main():
         draw(words.run, words.data, out)
         print(out)
     except (UsageError, RunError) as error:
-        distributed.complain(error)
+        launch.complain(error)
 
 
 def draw(run, folder, out):
@@ -63,20 +62,15 @@ def embedding(run, folder=None, most=2000):
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
-    if not saved["options"]:
+    if not (args := saved["options"]):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
-    defaults = vars(options.pretrain_parser("").parse_args([]))  # of what an older checkpoint does not know
-    args = argparse.Namespace(**defaults | saved["options"])
-    args.data = folder or args.data
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options.settle(args, device)
-    split = data.load(args, False, device)
-    encoder = encoders.build(args.arch, args.stem)(num_classes=1)
-    encoder.fc = torch.nn.Identity()
-    prefix = checkpoint.PREFIX + "encoder_q."
-    weights = {n.removeprefix(prefix): v for n, v in saved["state_dict"].items() if n.startswith(prefix)}
-    checkpoint.load_state(encoder, {n: v for n, v in weights.items() if not n.startswith("fc.")}, path)
-    features, labels = evaluate.extract(evaluate.frozen(encoder.to(device)), split, args, device)
+    holdout = args.get("holdout", 0)
+    split = datasets.load(args["dataset"], folder or args["data"], False, holdout=holdout, device=device)
+    encoder = encoders.build(args["arch"], args["stem"])(num_classes=1)
+    checkpoint.load_encoder(encoder, checkpoint.encoder_weights(saved["state_dict"], path), path)
+    centre = augment.Centre(args["image_size"], args["mean"], args["std"])
+    features, labels = evaluate.extract(evaluate.frozen(encoder.to(device)), split, centre)
     if len(features) > most:
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
         features, labels = features[chosen], labels[chosen]

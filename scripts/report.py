@@ -5,7 +5,6 @@ python scripts/report.py            # rewrite
 python scripts/report.py --check    # exit with status 1 if the README does not agree with results/
 """
 
-import json
 import math
 import statistics
 import sys
@@ -21,17 +20,13 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from picture import scatter
-from reproduce import ROOT, ROWS, by_option
+from reproduce import ROOT, by_option
 
-from moco import distributed, options
+import results
+from moco import launch, options
 from moco.errors import RunError, UsageError
+from results import FIGURES, ROWS
 
-FIGURES = {
-    "views_ratio": "batched views, times the speed of the PIL chain (core against core; a GPU against all cores)",
-    "loop_over_bare": "whole loop, share of the bare encoders' speed",
-    "loop_over_plain": "whole loop, times its speed with every speed-up off",
-    "images_per_second": "images/s of the loop (GPU: ResNet-50, batch 256; CPU: ResNet-18, batch 128)",
-}
 # Options that say where a run is kept, how it is watched and how fast it is, not what it computes.
 ASIDE = {"--seed", "--output-dir", "--pretrained", "--knn-freq", "--save-freq", "-p", "--print-freq", "-j", "--workers"}
 ASIDE |= {"--compile", "--no-compile"}
@@ -54,73 +49,17 @@ def main():
             draw(runs, words.results)
             words.readme.write_text(new)
     except OSError as error:
-        distributed.complain(RunError(f"'{error.filename}': {error.strerror}"))
+        launch.complain(RunError(f"'{error.filename}': {error.strerror}"))
     except (UsageError, RunError) as error:
-        distributed.complain(error)
+        launch.complain(error)
 
 
 def read(folder):
     """The runs and the benchmarks on file; RunError names a file that is neither."""
     if not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'")
-    runs, benches = [], []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"'{path}' is no JSON (an interrupted run?): {error}") from None
-        bench = isinstance(content, dict) and "views_ratio" in content
-        if part := flaw(content, bench):
-            kind = "benchmark" if bench else "run"
-            raise RunError(f"'{path}' is not the file of a whole {kind}: its {part} is missing or wrong")
-        (benches if bench else runs).append(content)
-    return runs, benches
-
-
-def flaw(content, bench):
-    """The first part of a file's content that is missing or wrong, or None."""
-    if not isinstance(content, dict):
-        return "row"
-
-    def number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def text(value):
-        return isinstance(value, str)
-
-    def percent(value):
-        return number(value) and 0 <= value <= 100
-
-    def hardware(value):
-        return isinstance(value, dict) and text(value.get("device")) and number(value.get("cores"))
-
-    def row(value):
-        return value in [row.name for row in ROWS.values()]
-
-    def commands(value):
-        return isinstance(value, list) and value and all(text(line) and len(line.split()) > 2 for line in value)
-
-    def curve(value):
-        entries = value if isinstance(value, list) and len(value) == content["epochs"] else [None]
-        return all(
-            isinstance(e, dict) and number(e.get("loss")) and number(e.get("seconds")) and number(e.get("knn") or 0)
-            for e in entries
-        )
-
-    def embedding(value):
-        points = [value.get(name) for name in ("x", "y", "label")] if isinstance(value, dict) else [None]
-        lists = all(isinstance(p, list) and all(number(v) for v in p) for p in points)
-        return lists and len({len(p) for p in points}) == 1 and isinstance(value.get("classes"), list)
-
-    wanted = dict(row=row, commands=commands, arch=text, dataset=text, top1=percent, top5=percent, hardware=hardware)
-    wanted |= dict.fromkeys(["epochs", "images", "seed", "pretrain_seconds", "linear_seconds"], number)
-    wanted |= dict(curve=curve)
-    for name in ("knn", "embedding"):  # what not every run has
-        if content.get(name) is not None:
-            wanted[name] = percent if name == "knn" else embedding
-    if bench:
-        wanted = dict.fromkeys(FIGURES, number) | dict(hardware=hardware, measured=text, command=text)
-    return next((name for name, right in wanted.items() if not right(content.get(name))), None)
+    found = [results.read(path) for path in sorted(folder.glob("*.json"))]
+    return tuple([content for content in found if results.is_bench(content) == bench] for bench in (False, True))
 
 
 def between(text, name, content):

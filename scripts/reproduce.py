@@ -10,7 +10,6 @@ runs/NAME-SEED/, their logs and checkpoints included.
 """
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -20,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,44 +29,18 @@ sys.path.insert(0, str(ROOT))
 
 from picture import embedding  # noqa: E402
 
-from moco import checkpoint, distributed, logs, options  # noqa: E402
+import results  # noqa: E402
+from moco import checkpoint, launch, logs, options  # noqa: E402
 from moco.errors import RunError, UsageError  # noqa: E402
 from moco.logs import say  # noqa: E402
+from results import ROWS  # noqa: E402
 
-MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2"  # two GPUs in one process
-LINEAR = "-a resnet50 --lr 1.0 -b 256"
-SUPCON_LINEAR = "-a resnet50 --recipe supcon"
 # Without a GPU: the same views, batch and classifier for all.
 SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
 SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8 --precision fp32"
 # Of four each, by the kNN accuracy on training images held out: results/lr/.
 SMALL_LR = {"main_ce.py": "0.1", "main_supcon.py": "0.6", "main_moco.py": "0.06"}  # and for the label-aware rows:
 SMALL_LR_LABELS = "0.6"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its name, its script and options, and the published percentages."""
-
-    name: str
-    script: str
-    options: str
-    epochs: int
-    linear: str | None
-    top1: float
-    top5: float | None
-
-
-ROWS = {
-    "ce": Row("SupCrossEntropy", "main_ce.py", "-a resnet50", 500, None, 95.0, None),
-    "supcon": Row("SupContrast", "main_supcon.py", "-a resnet50", 1000, SUPCON_LINEAR, 96.0, None),
-    "moco-200": Row("MoCo v2", "main_moco.py", MOCO, 200, LINEAR, 87.4, 99.6),
-    "in-200": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 200, LINEAR, 95.4, 99.9),
-    "moco-1000": Row("MoCo v2", "main_moco.py", MOCO, 1000, LINEAR, 93.6, 99.8),
-    "in-1000": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 1000, LINEAR, 96.1, 99.8),
-    "out-1000": Row("MoCo v2 + SupContrast_Out", "main_moco_out.py", MOCO, 1000, LINEAR, 96.1, 99.9),
-    "suploss-1000": Row("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py", MOCO, 1000, LINEAR, 96.0, 99.9),
-}
 
 
 def main():
@@ -86,7 +58,7 @@ def main():
                 spread = statistics.stdev(scores)
                 say(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
     except (UsageError, RunError) as error:
-        distributed.complain(error)
+        launch.complain(error)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -190,13 +162,21 @@ def reproduce(key, args, seed):
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
+    begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
+    result = collect(folder, ROWS[key].name, begun, seed, args.data)
+    path = args.results / f"{key}-{begun['hardware']['name']}-{name}-seed{seed}.json"
+    results.write(path, result)
+    say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
+    return result["top1"]
+
+
+def train(folder, lines):
+    """Runs a run's command lines, or what is left of them; returns how it was begun."""
     begun = folder / "begun.json"
-    lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
-    now = {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}
     fresh = not begun.is_file()
     if fresh:
-        write_json(begun, {"commands": lines, **now})
-    facts = read_json(begun)
+        results.write_json(begun, {"commands": lines, **conditions()})
+    facts = results.read_json(begun)
     if facts.get("commands") != lines:
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
     for line in lines:
@@ -211,27 +191,30 @@ def reproduce(key, args, seed):
         if status:
             more = "; the same command goes on from there" if status != 2 else ""
             raise RunError(f"{command[1]} ended with status {status}{more}")
+    return facts
 
+
+def collect(folder, row, begun, seed, data):
+    """The content of a finished run's file, from its logs and its last checkpoint."""
     saved = checkpoint.load(folder / checkpoint.LAST)["options"]
-    curve = [numbers(row) for row in logs.read(folder / "log.csv")]
-    linear = [numbers(row) for row in logs.read(folder / "linear.csv")]
+    curve, linear = ([numbers(row) for row in logs.read(folder / name)] for name in ("log.csv", "linear.csv"))
     scores = linear or [row for row in curve if row.get("top1") is not None]
     best = max(scores, key=lambda row: row["top1"])
-    points, labels, classes = embedding(folder, args.data, most=1000)
+    points, labels, classes = embedding(folder, data, most=1000)
+
+    def total(rows, column):
+        return round(sum(row.get(column) or 0 for row in rows), 1)
+
     result = {
-        "row": ROWS[key].name,
-        **facts,  # with its commands
+        "row": row,
+        **begun,  # with its commands
         "seed": seed,
-        "arch": saved["arch"],
-        "precision": saved["precision"],
+        **{name: saved[name] for name in ("arch", "precision", "images", "epochs", "batch_size")},
         "dataset": dataset(saved),
-        "images": saved["images"],
-        "epochs": saved["epochs"],
-        "batch_size": saved["batch_size"],
         "linear_epochs": len(linear),
-        "pretrain_seconds": round(sum(row["seconds"] for row in curve), 1),
-        "linear_seconds": round(sum(row["seconds"] for row in linear), 1),
-        "cpu_seconds": round(sum(row["cpu_seconds"] for row in curve + linear), 1),
+        "pretrain_seconds": total(curve, "seconds"),
+        "linear_seconds": total(linear, "seconds"),
+        "cpu_seconds": total(curve + linear, "cpu_seconds"),
         "images_per_second": round(statistics.median(row["images_per_second"] for row in curve), 1),
         "top1": scores[-1]["top1"],
         "top5": scores[-1]["top5"],
@@ -247,12 +230,14 @@ def reproduce(key, args, seed):
         },
         "measured": time.strftime("%Y-%m-%d"),
     }
-    if any(now[name] != facts.get(name) for name in now):
+    now = conditions()
+    if any(now[name] != begun.get(name) for name in now):
         result["ended_with"] = now  # another commit, machine or version than it began with
-    path = args.results / f"{key}-{facts['hardware']['name']}-{name}-seed{seed}.json"
-    write_json(path, result)
-    say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
-    return result["top1"]
+    return result
+
+
+def conditions():
+    return {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}
 
 
 def call(command):
@@ -324,21 +309,6 @@ def commit():
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return "unknown"
     return git("rev-parse", "HEAD") + ("-changed" if git("status", "--porcelain", "*.py") else "")
-
-
-def read_json(path):
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"'{path}' cannot be read: {error}") from None
-
-
-def write_json(path, content):
-    """A line for each of the dict's values, however long it is."""
-    beside = Path(f"{path}.tmp")
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-    beside.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Prints what every gather of a short run carries. Used by test_runs."""
+"""Prints what every gather of a short run carries: OUT. Used by test_runs."""
+
+import sys
 
 import torch
 import torch.distributed as dist
@@ -23,12 +25,7 @@ def forbidden(*args, **kwargs):
 distributed.gather_into = counted
 for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all", "scatter", "gather"):
     setattr(dist, name, forbidden)
-parser = options.pretrain_parser("")
-builder.MoCoOut.add_options(parser)
-args = parser.parse_args([*TINY_MOCO.split(), "--epochs", "1", "--output-dir", "/dev/null"])
-args.processes_on_node = 2
-pretrain.save = lambda *rest: None
-pretrain.logs.Log.__init__ = lambda self, *rest: setattr(self, "writer", None)
-pretrain.logs.Log.add = lambda self, epoch, **values: None
-pretrain.train(builder.MoCoOut, torch.device("cpu"), args)
+words = [*TINY_MOCO.split(), "--epochs", "1", "--output-dir", sys.argv[1]]
+args = options.pretrain_parser("", options.MOCO).parse_args(words)
+pretrain.train(builder.MoCoOut, options.MOCO, args, torch.device("cpu"))
 dist.destroy_process_group()

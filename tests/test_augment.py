@@ -12,7 +12,7 @@ from torchvision.transforms import functional as tv
 
 from moco import augment
 from moco.augment import AUG_PLUS, PLAIN, Recipe
-from moco.data import CIFAR10
+from moco.datasets import CIFAR10
 
 MEAN, STD = CIFAR10
 IDENTITY = torch.tensor([0, 0, 32, 32, 0, 1, 1, 1, 0, 0, 0.0])
@@ -153,9 +153,9 @@ def test_whole_chain(recipe):
 def test_validation_views_are_pillows(height, width):
     x = images(20, height, width)
     chain = transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32)])
-    ours = augment.validation(x, 32, (0, 0, 0), (1 / 255,) * 3).permute(0, 2, 3, 1)
+    ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3)(x).permute(0, 2, 3, 1)
     assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
-    ours = augment.as_they_are(x, 32, (0, 0, 0), (1 / 255,) * 3).permute(0, 2, 3, 1)
+    ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3, crop=False)(x).permute(0, 2, 3, 1)
     assert (ours.round() - torch.stack([pixels(pillow(i).resize((32, 32), 2)) for i in x])).abs().max() <= 1
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, TINY_MOCO
 from PIL import Image
 
-from moco import checkpoint, data
+from moco import checkpoint, datasets
 
 SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"
 
@@ -164,8 +164,8 @@ def test_no_network(run, tmp_path, monkeypatch):
 def test_nothing_is_downloaded_to_a_folder_with_other_files(script, run, folder, tmp_path, monkeypatch):
     """A folder too deep, or without train/: not the place for CIFAR-10."""
     place = folder("photos", train=6, val=3)
-    monkeypatch.setattr(data.datasets.CIFAR10, "download", lambda self: pytest.fail("it is downloaded"))
-    monkeypatch.setattr(data.datasets.CIFAR100, "download", lambda self: pytest.fail("it is downloaded"))
+    monkeypatch.setattr(datasets.datasets.CIFAR10, "download", lambda self: pytest.fail("it is downloaded"))
+    monkeypatch.setattr(datasets.datasets.CIFAR100, "download", lambda self: pytest.fail("it is downloaded"))
     words = [SHORT, "--output-dir", tmp_path / "out"]
     if script == "main_lincls.py":
         run("main_moco_in.py", *words, place)
@@ -174,15 +174,15 @@ def test_nothing_is_downloaded_to_a_folder_with_other_files(script, run, folder,
 
 
 def test_which_cifar(tmp_path):
-    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / ".hidden").touch()
-    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "cifar-100-python").mkdir()
-    assert data.candidates(tmp_path) == ["cifar100"]
+    assert datasets.candidates(tmp_path) == ["cifar100"]
     (tmp_path / "cifar-10-python.tar.gz").touch()
-    assert data.candidates(tmp_path) == ["cifar10", "cifar100"]
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "train").mkdir()
-    assert data.candidates(tmp_path) == ["imagefolder"]
+    assert datasets.candidates(tmp_path) == ["imagefolder"]
 
 
 def test_resuming_on_other_data(run, folder, tmp_path):
@@ -465,10 +465,10 @@ def test_odd_folders(run, folder, tmp_path):
     os.symlink(tmp_path, elsewhere / "back")
     os.symlink(root / "train/dog/of", root / "train/dog/alias")  # comes before what it leads to
     (root / "train/fox").symlink_to(elsewhere)
-    assert len(list(data.images_below(root / "train/cat"))) == 4
-    found = list(data.images_below(root / "train/dog"))
+    assert len(list(datasets.images_below(root / "train/cat"))) == 4
+    found = list(datasets.images_below(root / "train/dog"))
     assert len(found) == 4 + 2 and os.fsdecode(name) in found
-    assert [os.path.basename(path) for path in data.images_below(root / "train/fox")] == ["more.png"]
+    assert [os.path.basename(path) for path in datasets.images_below(root / "train/fox")] == ["more.png"]
     assert run("main_moco.py", SHORT, "--output-dir", tmp_path / "out", root).status == 0
     with open(name, "wb") as file:
         file.write(b"broken")

@@ -3,10 +3,13 @@
 import copy
 import inspect
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
 from moco import encoders
@@ -332,3 +335,11 @@ def test_a_variant_in_a_few_lines():
     losses = [call(model, *batch(step)) for step in range(3)]
     assert losses[0] > -1 and all(loss.isfinite() for loss in losses)
     losses[-1].backward()
+
+
+def test_the_builder_imports_no_command_line():
+    """A user's own program needs neither options nor data sets nor plots."""
+    unwanted = ["moco.options", "moco.datasets", "moco.augment", "moco.logs", "moco.pretrain", "matplotlib", "sklearn"]
+    code = f"import sys, moco.builder, moco.baselines; print([m for m in {unwanted} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_bad_input import refused
 from test_runs import end, rows, same
 
-from moco import checkpoint, distributed, options
+from moco import checkpoint, launch, options
 from moco.errors import RunError, UsageError
 
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for the long version
@@ -188,7 +188,7 @@ def test_only_one_of_two_machines_finds_the_checkpoint(script, last, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_do_not_meet(rank, run, monkeypatch):
     """A missing rank, a master that is not there: a clear line when the patience (ten minutes) ends."""
-    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=2))
+    monkeypatch.setattr(launch, "PATIENCE", timedelta(seconds=2))
     port = free_port()
     done = run("main_moco.py", TINY_MOCO, f"--world-size 2 --rank {rank} --dist-url tcp://localhost:{port}")
     said = [line for line in done.err.splitlines() if "error: " in line]
@@ -246,10 +246,7 @@ VALUES = st.one_of(
 @given(st.lists(st.tuples(st.sampled_from(NAMES.split()), st.lists(VALUES, max_size=3)), max_size=4))
 def test_any_command_line(capsys, pairs):
     """Parsed, or refused in one line with status 2."""
-    from moco.builder import MoCoOut
-
-    parser = options.pretrain_parser("Title.\n\nText.")
-    MoCoOut.add_options(parser)
+    parser = options.pretrain_parser("Title.\n\nText.", options.MOCO)
     capsys.readouterr()
     try:
         parser.parse_args([word for name, values in pairs for word in (name, *values)])

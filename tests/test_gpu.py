@@ -50,15 +50,15 @@ def test_losses_are_the_cpus(script, words, run, tmp_path):
 @pytest.mark.parametrize(("script", "words"), EVERY_SCRIPT, ids=[script for script, _ in EVERY_SCRIPT])
 def test_no_step_waits_for_the_gpu(script, words, run, tmp_path, monkeypatch):
     """Between the first step of an epoch, which takes its indices to the GPU, and the last one, which shows the loss."""
-    rate, seen = pretrain.learning_rate, []
+    seen = []
 
-    def watched(epoch, args):
-        step = round(epoch * 5)
-        torch.cuda.set_sync_debug_mode("error" if 0 < step < 4 else "default")
-        seen.append(step)
-        return rate(epoch, args)
+    def watched(optimizer, lr):  # the loop sets it at the start of each step
+        torch.cuda.set_sync_debug_mode("error" if 0 < len(seen) < 4 else "default")
+        seen.append(len(seen))
+        set_learning_rate(optimizer, lr)
 
-    monkeypatch.setattr(pretrain, "learning_rate", watched)
+    set_learning_rate = pretrain.set_learning_rate
+    monkeypatch.setattr(pretrain, "set_learning_rate", watched)
     monkeypatch.setattr(pretrain, "WATCH_EVERY", 1)
     splits = "--bn-splits 2" if words == TINY_MOCO else ""
     try:

@@ -13,8 +13,7 @@ import torch
 from conftest import ROOT, TINY, TINY_MOCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main_lincls
-from moco import augment, checkpoint, data, distributed, logs, options, pretrain
+from moco import augment, batches, checkpoint, datasets, distributed, epoch, logs, options, pretrain
 
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 LINEAR = f"{TINY} --lr 1 --epochs 2"
@@ -78,12 +77,15 @@ def test_linear_evaluation_reads_mocos_own_checkpoints(run, tmp_path):
 
 
 def test_linear_evaluation_of_an_imagenet_checkpoint_that_says_nothing():
-    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
-    args = options.linear_parser("").parse_args(["data/"])
-    main_lincls.take_options(args, {}, {}, weights, "moco.pth.tar")
-    assert (args.stem, args.image_size, (args.mean, args.std)) == ("imagenet", 224, data.IMAGENET)
-    args = options.linear_parser("").parse_args(["--mean", "0.1", "0.2", "0.3", "data/"])
-    main_lincls.take_options(args, {}, {"std": [1, 1, 1]}, weights, "moco.pth.tar")
+
+    def resolved(*words, **options_of_the_checkpoint):
+        args = options.linear_parser("").parse_args([*words, "--dataset", "imagefolder", "data/"])
+        saved = {"options": options_of_the_checkpoint}
+        return options.resolve_linear(args, torch.device("cpu"), "moco.pth.tar", saved, "imagenet")
+
+    args = resolved()
+    assert (args.stem, args.image_size, (tuple(args.mean), tuple(args.std))) == ("imagenet", 224, datasets.IMAGENET)
+    args = resolved("--mean", "0.1", "0.2", "0.3", std=[1, 1, 1])
     assert (args.mean, args.std) == ([0.1, 0.2, 0.3], [1, 1, 1])
 
 
@@ -96,12 +98,14 @@ def test_a_log_lives_until_its_run_is_replaced(run, tmp_path):
     """The same command without --resume: nothing is lost before there is something in its place."""
     words = [TINY_MOCO, "--output-dir", tmp_path]
     first = run("main_moco.py", *words, "--epochs 2")
-    assert "replaces" not in first.out and "no Shuffling BN" in first.out
+    assert "overwritten" not in first.out and "no Shuffling BN" in first.out
     log = logs.Log(tmp_path, "log", pretrain.COLUMNS)
     assert len(rows(tmp_path / "log.csv")) == 2
     log.add(0, loss=9.0)
     assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == [9.0]
-    assert "replaces it (--resume auto" in run("main_moco.py", *words, "--epochs 1 --bn-splits 2").out
+    assert (
+        "will be overwritten; --resume auto continues it" in run("main_moco.py", *words, "--epochs 1 --bn-splits 2").out
+    )
 
 
 def test_a_resumed_run_takes_its_epoch_from_the_checkpoint(run, tmp_path):
@@ -131,8 +135,8 @@ def burn(seconds):
 def test_processor_time_of_workers_and_after_a_resume(run, folder, tmp_path, monkeypatch):
     """Each of three epochs makes 32 views in two workers, at 20 ms or more each; the second one is interrupted."""
     place = folder(train=8, val=2)
-    getitem, show, seen = data.PillowViews.__getitem__, logs.Progress.show, []
-    monkeypatch.setattr(data.PillowViews, "__getitem__", lambda self, item: (burn(0.02), getitem(self, item))[1])
+    getitem, show, seen = batches.PillowViews.__getitem__, logs.Progress.show, []
+    monkeypatch.setattr(batches.PillowViews, "__getitem__", lambda self, item: (burn(0.02), getitem(self, item))[1])
 
     def interrupt(self, done, **values):
         show(self, done, **values)
@@ -165,19 +169,19 @@ def test_a_last_batch_of_fewer_images_than_processes(views, folder, monkeypatch)
     """Nine images in batches of four, and one for validation: the second process of two has none of them at the end."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    args = options.linear_parser("").parse_args(f"-b 4 -j 0 --views {views} --seed 0 {folder(train=5, val=1)}".split())
-    args.image_size, args.processes_on_node, args.compile = 12, 2, False
-    options.settle(args, torch.device("cpu"))
-    split = data.load(args, True, torch.device("cpu"))
-    split = data.Split(
+    monkeypatch.setattr(distributed, "processes_on_node", 2)
+    place, (mean, std), device = folder(train=5, val=1), datasets.CIFAR10, torch.device("cpu")
+    split = datasets.load("imagefolder", place, True, in_memory=views == "batched")
+    split = datasets.Split(
         split.labels[:9], split.classes, split.images if split.images is None else split.images[:9], split.paths
     )
-    batches = data.Batches(split, [augment.LINEAR, augment.LINEAR], args, torch.device("cpu"), drop_last=False)
-    shapes = [([tuple(view.shape) for view in made], len(labels)) for made, labels, _ in batches.epoch(0)]
+    how = dict(batch_size=4, seed=0, mean=mean, std=std, device=device, workers=0, drop_last=False)
+    made = batches.Batches(split, [augment.LINEAR, augment.LINEAR], **how, pil=views == "pil")
+    shapes = [([tuple(view.shape) for view in made], len(labels)) for made, labels, _ in made.epoch(0)]
     assert [labels for _, labels in shapes] == [2, 2, 0] and shapes[-1][0][0][0] == 0
-    one = data.load(args, False, torch.device("cpu"))
-    one = data.Split(one.labels[:1], one.classes, one.images[:1])
-    ((images, labels),) = data.Centres(one, args, torch.device("cpu"))
+    one = datasets.load("imagefolder", place, False)
+    one = datasets.Split(one.labels[:1], one.classes, one.images[:1])
+    ((images, labels),) = batches.Centres(one, augment.Centre(12, mean, std), 4, device)
     assert images.shape == (0, 3, 12, 12) and len(labels) == 0
 
 
@@ -199,6 +203,31 @@ def test_linear_evaluation_resumes(run, tmp_path):
     run("main_moco.py", TINY_MOCO, "--epochs 2 --resume auto --output-dir", tmp_path)  # another encoder by now
     done = run("main_lincls.py", *words, tmp_path / "parts", "--epochs 4 --resume auto")
     assert done.status == 2 and "another encoder" in done.err
+
+
+def test_linear_evaluation_stops_and_resumes_within_an_epoch(run, tmp_path, monkeypatch):
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    words = [TINY, "--lr 1 --epochs 2 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
+    assert run("main_lincls.py", *words, tmp_path / "whole").status == 0
+    show, seen = logs.Progress.show, []
+
+    def interrupt(self, done, **values):
+        show(self, done, **values)
+        seen.append(done)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    stopped = run("main_lincls.py", *words, tmp_path / "parts")
+    assert stopped.status == 143 and "in epoch 0 after step 3" in stopped.out
+    done = run("main_lincls.py", *words, tmp_path / "parts", "--resume auto")
+    assert done.status == 0, done.err
+    whole, parts = (checkpoint.load(tmp_path / part / "linear_last.pth.tar") for part in ("whole", "parts"))
+    assert whole["best"] == parts["best"]
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name])
+    losses = [[row["loss"] for row in rows(tmp_path / part / "linear.csv")] for part in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 @pytest.mark.parametrize("script", ["main_supcon.py", "main_ce.py"])
@@ -249,54 +278,55 @@ def test_no_image_crosses_processes(tmp_path):
     """What one step's collectives carry, in elements: one gather of keys with labels, and DDP's gradients."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests" / "count_traffic.py")]
+    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words += [str(ROOT / "tests" / "count_traffic.py"), str(tmp_path)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     gathered = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gathered")]
     assert gathered == [16 * (16 + 2)] * 5  # five steps: 16 rows of a process, 16 floats and an int64 label
 
 
-def parameters(script, *words):
-    parser = options.pretrain_parser("")
-    parser.set_defaults(warm_up=5, schedule=[600, 800])
-    return parser.parse_args(list(words))
-
-
 def test_schedule_at_each_boundary():
-    args = parameters("", "--lr", "0.4", "--epochs", "1000", "--cos", "data")
-    rate = pretrain.learning_rate
-    assert rate(0, args) == 0
-    assert rate(2.5, args) == pytest.approx(0.2)
-    assert rate(5 - 1e-9, args) == pytest.approx(0.4) == rate(5, args)
-    assert rate(502.5, args) == pytest.approx(0.2)
-    assert rate(1000 - 1e-6, args) == pytest.approx(0, abs=1e-9)
-    assert rate(300, args) == pytest.approx(0.2 * (1 + math.cos(math.pi * 295 / 995)))
-    args.cos = False
-    for epoch, wanted in ((2.5, 0.2), (5, 0.4), (599.99, 0.4), (600, 0.04), (799.99, 0.04), (800, 0.004), (999, 0.004)):
-        assert rate(epoch, args) == pytest.approx(wanted)
-    args.warm_up = 0
-    assert rate(0, args) == 0.4
+    def rate(moment, warm_up=5, schedule=None):
+        return epoch.moco_learning_rate(moment, 0.4, 1000, warm_up, schedule)
+
+    assert rate(0) == 0
+    assert rate(2.5) == pytest.approx(0.2)
+    assert rate(5 - 1e-9) == pytest.approx(0.4) == rate(5)
+    assert rate(502.5) == pytest.approx(0.2)
+    assert rate(1000 - 1e-6) == pytest.approx(0, abs=1e-9)
+    assert rate(300) == pytest.approx(0.2 * (1 + math.cos(math.pi * 295 / 995)))
+    for moment, wanted in (
+        (2.5, 0.2),
+        (5, 0.4),
+        (599.99, 0.4),
+        (600, 0.04),
+        (799.99, 0.04),
+        (800, 0.004),
+        (999, 0.004),
+    ):
+        assert rate(moment, schedule=[600, 800]) == pytest.approx(wanted)
+    assert rate(0, warm_up=0, schedule=[600, 800]) == 0.4
 
 
 def test_the_schedule_of_supcontrasts_authors_at_each_boundary():
     """Their epochs count from 1: the cosine of epoch e is at e, and the warm-up of ten epochs ends on that of ten."""
-    args = parameters("", "--lr", "0.5", "--epochs", "1000", "--cos", "data")
-    args.supcon_cosine, args.warm_up = True, 10
-    rate = pretrain.learning_rate
     lowest = 0.5 * 0.1**3
 
-    def theirs(epoch):
-        return lowest + (0.5 - lowest) * (1 + math.cos(math.pi * epoch / 1000)) / 2
+    def rate(moment, warm_up=10):
+        return epoch.supcon_learning_rate(moment, 0.5, 1000, warm_up)
 
-    assert rate(0, args) == 0.01
-    assert rate(5, args) == pytest.approx((0.01 + theirs(10)) / 2)
-    assert rate(9.98, args) == pytest.approx(0.01 + 0.998 * (theirs(10) - 0.01))
-    assert rate(10 - 1e-12, args) == pytest.approx(theirs(10)) and theirs(10) < 0.4999
-    for ours, epoch in ((10, 11), (10.99, 11), (11, 12), (499, 500), (998.5, 999), (999, 1000), (999.99, 1000)):
-        assert rate(ours, args) == pytest.approx(theirs(epoch), rel=1e-12), ours
-    assert rate(999, args) == pytest.approx(lowest)
-    args.warm_up = 0
-    assert rate(0, args) == rate(0.99, args) == pytest.approx(theirs(1))
+    def theirs(count):
+        return lowest + (0.5 - lowest) * (1 + math.cos(math.pi * count / 1000)) / 2
+
+    assert rate(0) == 0.01
+    assert rate(5) == pytest.approx((0.01 + theirs(10)) / 2)
+    assert rate(9.98) == pytest.approx(0.01 + 0.998 * (theirs(10) - 0.01))
+    assert rate(10 - 1e-12) == pytest.approx(theirs(10)) and theirs(10) < 0.4999
+    for ours, count in ((10, 11), (10.99, 11), (11, 12), (499, 500), (998.5, 999), (999, 1000), (999.99, 1000)):
+        assert rate(ours) == pytest.approx(theirs(count), rel=1e-12), ours
+    assert rate(999) == pytest.approx(lowest)
+    assert rate(0, warm_up=0) == rate(0.99, warm_up=0) == pytest.approx(theirs(1))
 
 
 def end(folder):
@@ -377,10 +407,8 @@ def test_precision_and_compile_are_taken(run, tmp_path):
 def test_holdout(run, folder, tmp_path):
     """The last images of each class validate and are not trained on; no validation folder is read."""
     place = folder(train=6)
-    args = options.pretrain_parser("").parse_args(["--holdout", "2", str(place)])
-    args.processes_on_node, args.dataset = 1, "imagefolder"
-    whole = data.image_folder(place, True, True)
-    train, validation = (data.load(args, part, torch.device("cpu")) for part in (True, False))
+    whole = datasets.image_folder(place, True)
+    train, validation = (datasets.load("imagefolder", place, part, holdout=2) for part in (True, False))
     assert train.paths == whole.paths[:4] + whole.paths[6:10] and train.labels.tolist() == [0] * 4 + [1] * 4
     assert validation.paths == whole.paths[4:6] + whole.paths[10:] and validation.labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(torch.cat([train.images, validation.images]).sum(0), whole.images.sum(0))

@@ -1,0 +1,79 @@
+"""The table's rows with one encoder: SupContrast (no queue, no momentum encoder) and cross entropy.
+
+Shapes: N images on this process, B = N * processes in the global batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco import distributed, encoders
+from moco.builder import UNLABELLED
+from moco.losses import contrast_health, out_loss
+
+
+class SupContrast(nn.Module):
+    """Supervised contrastive learning within a batch (arXiv:2004.11362, eq. 2).
+
+    Args:
+        base_encoder, dim, T, bn_splits: see MoCo; the head has two layers.
+    """
+
+    labelled = True
+    classifies = False
+    shuffle_keys = False
+
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, *, bn_splits: int = 1):
+        super().__init__()
+        self.T, self.bn_splits = T, bn_splits
+        self.watch, self.health = False, None
+        self.encoder_q = base_encoder(num_classes=dim)
+        encoders.add_mlp_head(self.encoder_q)
+
+    def forward(self, im_1: Tensor, im_2: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            im_1, im_2: (N, 3, H, W) float, two views of this process's images. labels: (N,) int64.
+        Returns:
+            float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
+        """
+        # compute features of both views: batch norm sees both views of a chunk together
+        chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
+        z = encoders.apply(self.encoder_q, torch.cat([view for pair in chunks for view in pair]), self.bn_splits)
+        z = F.normalize(z, dim=1)  # 2NxC
+        z_labels = torch.cat([pair for c in labels.chunk(self.bn_splits) for pair in (c, c)])
+
+        with torch.autocast(z.device.type, enabled=False):
+            # every process computes the loss of all anchors: 2Bx2B
+            z_all, labels_all = distributed.gather_keys_and_labels(z.detach(), z_labels)
+            z_all = distributed.with_gradient(z_all, z)
+            logits = z_all @ z_all.T / self.T
+            positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
+            contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
+            if self.watch:
+                self.health = contrast_health(logits, positives, self.T, contrast)
+            loss = out_loss(logits, positives, contrast) * (self.T / 0.07)
+
+            # gradients are averaged over processes, but the parts that they have here must be added up
+            return loss.detach() + distributed.world_size() * (loss - loss.detach())
+
+
+class CrossEntropy(nn.Module):
+    """The encoder with a linear layer, trained by cross entropy. `classifies`: it is evaluated as it is."""
+
+    labelled = True
+    classifies = True
+    shuffle_keys = False
+
+    def __init__(self, base_encoder: Callable[..., nn.Module], classes: int, *, bn_splits: int = 1):
+        super().__init__()
+        self.bn_splits = bn_splits
+        self.watch, self.health = False, None
+        self.encoder_q = base_encoder(num_classes=classes)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""
+        return F.cross_entropy(encoders.apply(self.encoder_q, images, self.bn_splits), labels)

@@ -1,0 +1,254 @@
+"""Where images come from: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
+
+Small images of one size live in memory, on the device that trains, as one uint8 tensor. Others stay in their files.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+from moco import distributed
+from moco.errors import RunError, UsageError
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
+    "imagefolder": CIFAR10,
+    "cifar10": CIFAR10,
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digits": ((0.3054,) * 3, (0.3753,) * 3),
+}
+VALIDATION_DIGITS = 360  # the last of the 1,797: other writers than the first ones
+LARGEST_SIDE = 96  # images up to this size are kept in memory ...
+LARGEST_DATASET = 8 << 30  # ... as long as all of them take fewer bytes than this
+
+
+@dataclass
+class Split:
+    """The training or the validation images.
+
+    labels: (N,) int64 on the CPU. Either images: (N, 3, H, W) uint8 on the device, or paths: their N files.
+    """
+
+    labels: torch.Tensor
+    classes: list[str]
+    images: torch.Tensor | None = None
+    paths: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of_each_class(self, part: slice) -> "Split":
+        """The images that a slice takes of each class, in their order."""
+        each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
+        kept = torch.cat(each).sort().values
+        images = None if self.images is None else self.images[kept]
+        paths = None if self.paths is None else [self.paths[i] for i in kept.tolist()]
+        return Split(self.labels[kept], self.classes, images, paths)
+
+    def pillow(self, index: int) -> Image.Image:
+        """Image `index`, in RGB."""
+        if self.paths is not None:
+            return open_image(self.paths[index])
+        return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+
+
+def resolve(name: str, folder: str | None) -> str:
+    """The data set that a name, perhaps "auto", stands for, after a look at the folder."""
+    if name == "digits":
+        return name
+    if folder is None:
+        raise UsageError("name the data folder, the last argument (or use --dataset digits, which needs none)")
+    if name != "auto":
+        return name
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"data folder '{folder}' {what} (to download CIFAR-10 to it, add --dataset cifar10)")
+    if not (names := candidates(folder)):  # it is not ours to download to
+        raise UsageError(
+            f"'{folder}' has no train/ folder and is neither empty nor CIFAR-10's: name the folder that holds train/ "
+            "and val/, or an empty one to download CIFAR-10 to"
+        )
+    return names[0]
+
+
+def candidates(folder: str | Path) -> list[str]:
+    """The data sets that are in a folder, or can be downloaded to it since it is empty; none, if it is no folder."""
+    if not Path(folder).is_dir():
+        return []
+    if Path(folder, "train").is_dir():
+        return ["imagefolder"]
+    files = {
+        "cifar10": {"cifar-10-batches-py", "cifar-10-python.tar.gz"},
+        "cifar100": {"cifar-100-python", "cifar-100-python.tar.gz"},
+    }
+    inside = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    return [name for name, theirs in files.items() if inside & theirs or not inside]
+
+
+def load(
+    name: str,
+    folder: str | None,
+    train: bool,
+    *,
+    holdout: int = 0,
+    per_class: int | None = None,
+    in_memory: bool = True,
+    device: torch.device | str = "cpu",
+) -> Split:
+    """The training or the validation images of a data set.
+
+    Args:
+        name: "imagefolder", "cifar10", "cifar100" or "digits". folder: where it is.
+        holdout: validate on the last so many training images of each class, and do not train on them.
+        per_class: only the first so many training images of each class.
+        in_memory: keep small images of one size on the device, as a tensor.
+    """
+    source = train or holdout > 0  # is it cut from the training images?
+    if name == "digits":
+        split = digits(source)
+    elif name == "imagefolder":
+        split = image_folder(folder, source, in_memory)
+    else:
+        split = cifar(name, folder, source)
+    if holdout:
+        if (fewest := int(split.labels.bincount(minlength=len(split.classes)).min())) <= holdout:
+            raise UsageError(f"--holdout {holdout} leaves none of the {fewest} training images of a class")
+        split = split.of_each_class(slice(-holdout) if train else slice(-holdout, None))
+    if train and per_class:
+        split = split.of_each_class(slice(per_class))
+    if in_memory and split.images is not None:
+        split.images = split.images.to(device)
+    return split
+
+
+def digits(train: bool) -> Split:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8).repeat(3, axis=1)
+    part = slice(None, -VALIDATION_DIGITS) if train else slice(-VALIDATION_DIGITS, None)
+    return Split(torch.from_numpy(labels[part]).long(), [str(d) for d in range(10)], torch.from_numpy(images[part]))
+
+
+def cifar(name: str, folder: str, train: bool) -> Split:
+    """What is missing is downloaded by rank 0, then by the first process of each machine that lacks it still."""
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    patience = socket.getdefaulttimeout()
+    try:
+        for mine in (distributed.rank() == 0, distributed.rank() % distributed.processes_on_node == 0):
+            if mine:
+                try:
+                    kind(folder, train)
+                except RuntimeError:  # not there, or not whole
+                    socket.setdefaulttimeout(30)
+                    kind(folder, train, download=True)
+            distributed.barrier()
+        data = kind(folder, train)
+    except Exception as error:  # the many ways in which a download or an archive can fail
+        if distributed.lost_connection(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        title = "CIFAR-10" if name == "cifar10" else "CIFAR-100"
+        raise RunError(
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}",
+            alone=True,
+        ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Split(torch.tensor(data.targets), data.classes, images)
+
+
+def image_folder(folder: str, train: bool, in_memory: bool = True) -> Split:
+    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class."""
+    if train:
+        root = Path(folder, "train")
+        if not root.is_dir():
+            raise UsageError(f"'{folder}' has no train/ folder")
+    else:
+        root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
+        if root is None:
+            raise UsageError(f"'{folder}' has no validation images: neither val/ nor test/ is there")
+    classes = class_folders(root)
+    if not train and (missing := set(classes) ^ set(class_folders(Path(folder, "train")))):
+        raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(images_below(root / name))
+        if not found:
+            raise UsageError(f"class folder '{root / name}' holds no image ({' '.join(IMG_EXTENSIONS)})")
+        paths += found
+        labels += [label] * len(found)
+    images = decode(paths, root.name) if in_memory else None
+    return Split(torch.tensor(labels), classes, images, paths)
+
+
+def class_folders(root: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UsageError(f"'{root}' holds no class folders")
+    return names
+
+
+def images_below(root: str | Path) -> Iterator[str]:
+    """Paths of the images in a class folder and below it. Of linked folders, those inside the split have their place
+    there, and those that hold it would lead in a circle: neither is followed."""
+    split, seen = os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
+    for folder, inside, files in os.walk(root, followlinks=True):
+        followed = []
+        for path in (os.path.join(folder, name) for name in sorted(inside)):
+            real = os.path.realpath(path) + os.sep
+            circular = os.path.islink(path) and (real.startswith(split) or split.startswith(real))
+            if not circular and real not in seen:
+                followed.append(os.path.basename(path))
+                seen.add(real)
+        inside[:] = followed
+        yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
+
+
+def open_image(path: str, alone: bool = True) -> Image.Image:
+    """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip its values, not scale them
+                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly everything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(f"image '{path}' cannot be read: {reason}", alone=alone) from None
+
+
+def decode(paths: list[str], title: str) -> torch.Tensor | None:
+    """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they are loaded as they come."""
+    width, height = open_image(paths[0], alone=False).size
+    if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
+        return None
+    images = np.empty((len(paths), height, width, 3), np.uint8)
+
+    def read(i):
+        image = open_image(paths[i], alone=False)
+        if image.size != (width, height):
+            return False
+        images[i] = image
+        return True
+
+    with ThreadPoolExecutor(min(16, distributed.cores())) as pool:
+        done = pool.map(read, range(len(paths)))
+        quiet = None if distributed.rank() == 0 else True  # None: a bar only on a terminal
+        for same in tqdm(done, f"reading {title}/", len(paths), disable=quiet, leave=False, unit="image"):
+            if not same:
+                pool.shutdown(cancel_futures=True)
+                return None
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -42,6 +42,8 @@ def evaluate_linear(args, device):
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False)
+    if args.resume:
+        checkpoint.compare_classes(saved, validation.classes, source)
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))
     checkpoint.load_encoder(encoder, weights, source, classifier=args.resume is not None)
     encoder.to(device, memory_format=torch.channels_last)
@@ -84,8 +86,10 @@ def read(args):
     if args.evaluate and not args.resume:
         raise UsageError("-e evaluates a trained classifier: name it with --resume (this script's model_best.pth.tar)")
     saved = checkpoint.load(source)
-    if args.resume and not ("best" in saved and "optimizer" in saved):
+    if args.resume and "best" not in saved:
         raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
+    if args.resume and not args.evaluate and "optimizer" not in saved:
+        raise UsageError(f"'{source}' holds weights alone: evaluate them with -e, or train on them with --pretrained")
     weights = checkpoint.encoder_weights(saved["state_dict"], source)
     if args.resume and args.pretrained:
         pretrained = checkpoint.load(args.pretrained)["state_dict"]

@@ -42,6 +42,10 @@ def train(model_class: type[nn.Module], method: options.Method, args: Namespace,
     """Resolves the options, loads the images and the checkpoint to go on from, and trains."""
     path = checkpoint.find(args.resume, args.output_dir, device)
     saved = checkpoint.load(path) if path else None
+    if saved and "optimizer" not in saved:
+        raise UsageError(
+            f"'{path}' holds weights alone: training cannot go on from it (main_lincls.py --pretrained can)"
+        )
     args = options.resolve_pretraining(args, device, model_class.__name__, saved["options"] if saved else {})
     if saved:
         if saved.get("arch") != args.arch:

@@ -3,6 +3,7 @@
     python scripts/reproduce.py in-200 data/                 # one row, as published
     python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
     python scripts/reproduce.py --small data/                # all methods, as a machine without a GPU can
+    python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in seconds
     python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
 A run that was interrupted goes on where it stopped when the same command is given again. Runs are kept in
@@ -27,6 +28,7 @@ import torchvision
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import weights  # noqa: E402
 from picture import embedding  # noqa: E402
 
 import results  # noqa: E402
@@ -46,6 +48,9 @@ SMALL_LR_LABELS = "0.6"
 def main():
     args = parse()
     try:
+        if args.verify:
+            weights.verify(args.weights, args.results, args.data)
+            return
         for key in args.rows or ROWS:
             scores = []
             for seed in args.seeds:
@@ -81,6 +86,10 @@ def parse():
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
+    text = "where the weights of --small rows go (default: pretrained)"
+    add("--weights", type=Path, default=Path("pretrained"), metavar="DIR", help=text)
+    text = "evaluate every file of --weights against its row in --results; seconds, no training"
+    add("--verify", action="store_true", help=text)
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
     for name in ("pretrain", "linear"):
@@ -102,7 +111,7 @@ def parse():
     unknown = [row for row in args.rows if row not in ROWS]
     if args.small and not args.rows:  # each method once
         args.rows = list({row.script: key for key, row in reversed(ROWS.items())}.values())[::-1]
-    if unknown or (not args.rows and not args.print):
+    if unknown or (not args.rows and not args.print and not args.verify):
         problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
     return args
@@ -164,6 +173,13 @@ def reproduce(key, args, seed):
             raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
     begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
     result = collect(folder, ROWS[key].name, begun, seed, args.data)
+    if args.small and not args.per_class:
+        path = args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
+        scores = {name: result[name] for name in ("top1", "top5")} | {
+            "epoch": (result["linear_epochs"] or int(epochs)) - 1
+        }
+        if written := weights.write(folder, scores, path):
+            result["weights"] = written
     path = args.results / f"{key}-{begun['hardware']['name']}-{name}-seed{seed}.json"
     results.write(path, result)
     say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")

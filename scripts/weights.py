@@ -1,0 +1,93 @@
+"""The weights of measured rows: an encoder with its linear classifier a file, written by reproduce.py and checked by it."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+import results
+from moco import augment, checkpoint, datasets, encoders, evaluate
+from moco.errors import RunError, UsageError
+from moco.logs import say
+
+TOLERANCE = 0.02  # in percent: two of 10,000 images
+KEPT = ["arch", "stem", "image_size", "mean", "std", "classes", "images", "dataset", "epochs", "batch_size", "seed"]
+
+
+def write(run: Path, scores: dict, path: Path) -> dict | None:
+    """Writes the last epoch's encoder and classifier of a finished run, and says where and with which checksum.
+
+    Args:
+        run: the run's folder. scores: the last epoch's row, with top1 and top5. path: of the file, which stays as it is
+            if it holds a longer run's weights, or another seed's (then: None).
+    """
+    pretraining = checkpoint.load(run / checkpoint.LAST)
+    kept = {name: pretraining["options"][name] for name in KEPT}
+    if path.exists():
+        there = checkpoint.load(path)["options"]
+        longer, other = there["epochs"] > kept["epochs"], there["seed"] != kept["seed"]
+        if longer or (other and there["epochs"] == kept["epochs"]):
+            return None
+    linear = run / "linear_last.pth.tar"
+    saved = checkpoint.load(linear) if linear.exists() else pretraining
+    content = {
+        "epoch": saved["epoch"],
+        "arch": saved["arch"],
+        "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved["state_dict"], run)),
+        "best": {name: scores[name] for name in ("top1", "top5", "epoch")},
+        # A classifier trained by cross entropy sees images as they are.
+        "options": kept | {"centre_crop": saved["options"].get("centre_crop", False)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, content)
+    return {"file": f"{path.parent.name}/{path.name}", "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify(folder: Path, files: Path, data: str) -> None:
+    """Evaluates every file of `folder` in float32 on CIFAR-10 in `data`, against the file in `files` that names it.
+
+    Raises:
+        RunError: one is missing or changed, belongs to no result, or gives another accuracy.
+    """
+    rows = [(path, results.read(path)) for path in sorted(files.glob("*.json"))]
+    named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if row.get("weights")}
+    found = sorted(folder.glob("*.pth.tar"))
+    if not found:
+        raise UsageError(f"'{folder}' holds no weights (*.pth.tar)")
+    for path in found:
+        if path.name not in named:
+            raise RunError(f"no file in '{files}' names '{path}'")
+    for name in named:
+        if not (folder / name).exists():
+            raise RunError(f"'{folder / name}' is missing: '{named[name][0]}' names it")
+    dataset = datasets.resolve("auto", data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = datasets.load(dataset, data, False, device=device)
+    wrong = []
+    for path in found:
+        file, row = named[path.name]
+        if sha256(path) != row["weights"]["sha256"]:
+            raise RunError(f"'{path}' is not the file that '{file}' names: its checksum differs")
+        scores = accuracy(path, images, device)
+        same = all(abs(mine - row[name]) <= TOLERANCE for mine, name in zip(scores, ("top1", "top5"), strict=True))
+        wrong += [] if same else [path.name]
+        here, there = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, (row["top1"], row["top5"])))
+        say(f"{path.name:<28} {here}  {'=' if same else 'differs from'} {there}  {file}")
+    if wrong:
+        raise RunError(f"other accuracies than on file: {', '.join(wrong)}")
+
+
+def accuracy(path: Path, images: datasets.Split, device: torch.device) -> list[float]:
+    """Top-1 and top-5 in percent of a file's encoder and classifier, in float32."""
+    saved = checkpoint.load(path)
+    checkpoint.compare_classes(saved, images.classes, path)
+    options = saved["options"]
+    encoder = encoders.build(saved["arch"], options["stem"])(num_classes=len(images.classes))
+    checkpoint.load_encoder(encoder, checkpoint.encoder_weights(saved["state_dict"], path), path, classifier=True)
+    centre = augment.Centre(options["image_size"], options["mean"], options["std"], options["centre_crop"])
+    network = evaluate.frozen(encoder, keep_fc=True).to(device)
+    return evaluate.accuracy(network, images, centre, 500, device)

@@ -1,14 +1,13 @@
-"""Rewrites the README's tables between their markers, from the files in results/ alone, and draws curves.png and
-embeddings.png there: the methods side by side, wherever several of them did the same work.
+"""Rewrites the tables of README.md and docs/ between their markers, from the files in results/ alone, and draws
+curves.png and embeddings.png there: the measured rows side by side.
 
 python scripts/report.py            # rewrite
-python scripts/report.py --check    # exit with status 1 if the README does not agree with results/
+python scripts/report.py --check    # exit with status 1 if a page does not agree with results/
 """
 
-import math
 import statistics
 import sys
-from itertools import accumulate, pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -23,7 +22,7 @@ from picture import scatter
 from reproduce import ROOT, by_option
 
 import results
-from moco import launch, options
+from moco import launch, logs, options
 from moco.errors import RunError, UsageError
 from results import FIGURES, ROWS
 
@@ -32,22 +31,41 @@ ASIDE = {"--seed", "--output-dir", "--pretrained", "--knn-freq", "--save-freq", 
 ASIDE |= {"--compile", "--no-compile"}
 
 
+# Networks and data of the small rows, and who trained the network with labels alone.
+SMALL = ("resnet20", "cifar10", 50_000)
+ANCHOR = (
+    "ResNet-20 with labels, published by [He et al.](https://arxiv.org/abs/1512.03385)",
+    "",
+    "",
+    "91.25 / -",
+    "",
+    "",
+)
+
+
 def main():
     parser = options.Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")
     words = parser.parse_args()
     try:
         runs, benches = read(words.results)
-        old = words.readme.read_text()
-        new = between(old, "table", table(runs) + pictures(runs))
-        new = between(new, "speed", speed(benches))
-        if words.check and new != old:
-            raise RunError(f"'{words.readme}' does not agree with '{words.results}': run make report")
+        for page, parts in {
+            "README.md": {"rows": rows(runs), "table": table(runs)},
+            "docs/results.md": {"runs": small_table(runs) + full_table(runs), "searches": searches(words.results)},
+            "docs/speed.md": {"speed": speed(benches)},
+        }.items():
+            path = words.pages / page
+            new = old = path.read_text()
+            for name, content in parts.items():
+                new = between(new, name, content, path)
+            if words.check and new != old:
+                raise RunError(f"'{path}' does not agree with '{words.results}': run make report")
+            if not words.check:
+                path.write_text(new)
         if not words.check:
             draw(runs, words.results)
-            words.readme.write_text(new)
     except OSError as error:
         launch.complain(RunError(f"'{error.filename}': {error.strerror}"))
     except (UsageError, RunError) as error:
@@ -62,40 +80,89 @@ def read(folder):
     return tuple([content for content in found if results.is_bench(content) == bench] for bench in (False, True))
 
 
-def between(text, name, content):
+def between(text, name, content, path):
     start, end = f"<!-- {name}: made from results/ by scripts/report.py -->\n", f"<!-- end of {name} -->"
     if start not in text or end not in text:
-        raise RunError(f"the README has no markers for its {name}")
+        raise RunError(f"'{path}' has no markers for its {name}")
     head, rest = text.split(start)
     return head + start + content + end + rest.split(end, 1)[1]
 
 
+def rows(runs):
+    """README's table of measured rows: the small network, each method at its longest."""
+    table = [("", "epochs", "kNN", "top-1 / top-5", "core-hours", "weights")]
+    for mine in measured(runs):
+        cpu = [r["cpu_seconds"] / 3600 for r in mine if r.get("cpu_seconds")]
+        files = [r["weights"]["file"] for r in mine if r.get("weights")]
+        weights = f"[{Path(files[0]).name}]({files[0]})" if files else ""
+        table.append((mine[0]["row"], mine[0]["epochs"], knn(mine), ours(mine)[0], spread(cpu, 1), weights))
+    kept = [i for i in range(6) if any(row[i] for row in table[1:])]
+    lines = [cells(*(row[i] for i in kept)) for row in [*table, ANCHOR]]
+    return "\n".join([lines[0], "|---" * len(kept) + "|", *lines[1:]]) + "\n"
+
+
+def measured(runs):
+    """Of each method its longest runs with resnet20 on all of CIFAR-10: those with the fewest options of their own."""
+    best = {}
+    for group in grouped(r for r in runs if (r["arch"], r["dataset"], r["images"]) == SMALL):
+        rank = (-group[0]["epochs"], len(difference(group[0])))
+        if rank < best.get(group[0]["row"], ((1,),))[0]:
+            best[group[0]["row"]] = (rank, group)
+    return [best[name][1] for name in sorted(best, key=order)]
+
+
 def table(runs):
-    lines = [
-        "| | script | epochs | published top-1 / top-5 | ours | hardware | time |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Published rows, and what was measured of them; without these columns, where they would be empty."""
     full = [r for r in runs if is_full(r)]
-    for row in ROWS.values():
-        mine = [r for r in full if is_published(r, row)]
+    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values()}
+    more = ["measured", "hardware", "time"] if any(of_row.values()) else []
+    titles = ["", "script", "epochs", "published top-1 / top-5", *more]
+    lines = [cells(*titles), "|---" * len(titles) + "|"]
+    for row, mine in of_row.items():
         top5 = "-" if row.top5 is None else row.top5
-        lines.append(cells(row.name, f"`{row.script}`", row.epochs, f"{row.top1} / {top5}", *ours(mine)))
-    other = grouped(r for r in full if not any(is_published(r, row) for row in ROWS.values()))
-    if other:
-        lines += ["", "The same network and images with other options than the row's, or for other epochs:", ""]
-        lines += ["| | epochs | options | kNN | top-1 / top-5 | hardware | time |", "|---|---|---|---|---|---|---|"]
+        cell = cells(row.name, f"`{row.script}`", row.epochs, f"{row.top1} / {top5}", *ours(mine)[: len(more)])
+        lines.append(cell)
+    return "\n".join(lines) + "\n"
+
+
+def full_table(runs):
+    """Runs of the published network with other options than a row's."""
+    other = grouped(r for r in runs if is_full(r) and not any(is_published(r, row) for row in ROWS.values()))
+    if not other:
+        return ""
+    lines = ["", "The published network and images with other options than the row's, or for other epochs:", ""]
+    lines += ["| | epochs | options | kNN | top-1 / top-5 | hardware | time |", "|---|---|---|---|---|---|---|"]
     for mine in other:
         what = ", ".join(difference(mine[0]))
         lines.append(cells(mine[0]["row"], mine[0]["epochs"], what, knn(mine), *ours(mine)))
+    return "\n".join(lines) + "\n"
+
+
+def small_table(runs):
+    """All runs of other networks or data."""
     small = grouped(r for r in runs if not is_full(r))
-    if small:
-        lines += ["", "What a machine without a GPU can do (a mean over seeds where there are several):", ""]
-        lines += ["| | data | network | epochs | views, precision | kNN | top-1 / top-5 | hardware | time |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| | data | network | epochs | views, precision | kNN | top-1 / top-5 | hardware | time |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for mine in small:
         what = (mine[0][name] for name in ("row", "dataset", "arch", "epochs"))
         manner = ", ".join([how(mine[0]), *unlike(mine[0], small)])
         lines.append(cells(*what, manner, knn(mine), *ours(mine)))
+    return "\n".join(lines) + "\n"
+
+
+def searches(folder):
+    """The kNN accuracy at each lr that was tried, from the logs in lr/; the best one in bold."""
+    lines = ["| | lr: kNN |", "|---|---|"]
+    for key in ("ce", "supcon", "moco", "out"):
+        found = {}
+        for path in (folder / "lr").glob(f"{key}-*.csv"):
+            found[path.stem.split("-")[1]] = float(logs.read(path)[-1]["knn"])
+        if found:
+            best = max(found, key=found.get)
+            shown = (f"{lr}: {found[lr]:.1f}" for lr in sorted(found, key=float))
+            shown = (f"**{text}**" if text.startswith(f"{best}:") else text for text in shown)
+            name = next(row.name for k, row in ROWS.items() if k.partition("-")[0] == key)
+            lines.append(cells(name, ", ".join(shown)))
     return "\n".join(lines) + "\n"
 
 
@@ -189,61 +256,34 @@ def spread(values, digits):
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
 
 
-def comparisons(runs):
-    """A run of each method, by (data set, network, epochs, manner), wherever there are several methods: the one with
-    the fewest options of its own, and the first seed."""
-    groups = {}
-    for run in sorted(runs, key=lambda run: (order(run["row"]), len(difference(run)), run["seed"])):
-        title = f"{run['dataset']}, {run['arch']}, {run['epochs']} epochs, {how(run)}"
-        groups.setdefault(title, {}).setdefault(run["row"], run)
-    return {title: methods for title, methods in sorted(groups.items()) if len(methods) > 1}
-
-
-def pictures(runs):
-    if not comparisons(runs):
-        return ""
-    return (
-        "\n![Loss and kNN accuracy of all methods](results/curves.png)\n"
-        "\n![Validation images of all methods, embedded](results/embeddings.png)\n"
-    )
-
-
 def draw(runs, folder):
-    """curves.png, a row of panels for each comparison, and embeddings.png, a panel for each of its methods."""
-    groups = comparisons(runs)
-    if not groups:
+    """curves.png and embeddings.png: the measured rows side by side, a colour a method."""
+    chosen = [group[0] for group in measured(runs)]
+    if len(chosen) < 2:
         return
-    figure, axes = plt.subplots(len(groups), 4, figsize=(18, 4 * len(groups)), layout="constrained", squeeze=False)
-    for (title, methods), row in zip(groups.items(), axes, strict=True):
-        for panel, (what, time) in zip(row, product(("loss", "knn"), ("epoch", "minute")), strict=True):
-            for name, run in methods.items():
-                seconds = accumulate(entry["seconds"] for entry in run["curve"])
-                times = [s / 60 if time == "minute" else i + 1 for i, s in enumerate(seconds)]
-                values = [math.nan if entry.get(what) is None else entry[what] for entry in run["curve"]]
-                measured = np.isfinite(values)  # kNN is not, in every epoch
-                panel.plot(np.array(times)[measured], np.array(values)[measured], f"C{order(name)}", label=name)
-            panel.set(xlabel=f"{time}s", ylabel={"loss": "loss", "knn": "kNN, top-1 in %"}[what])
-        row[0].set_title(title, loc="left")
-        row[0].legend(fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=80)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for panel, (what, title) in zip(axes, {"loss": "loss", "knn": "kNN, top-1 in %"}.items(), strict=True):
+        for run in chosen:
+            points = [(e["epoch"] + 1, e[what]) for e in run["curve"] if e.get(what) is not None]
+            panel.plot(*zip(*points, strict=True), f"C{order(run['row'])}", label=run["row"])
+        panel.set(xlabel="epoch", ylabel=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(folder / "curves.png", dpi=90)
     plt.close(figure)
 
-    widest = max(len(methods) for methods in groups.values())
-    size = 3.3 * widest, 3.7 * len(groups)
-    figure, axes = plt.subplots(len(groups), widest, figsize=size, layout="constrained", squeeze=False)
-    for panel in axes.flat:
+    drawn = [run for run in chosen if run.get("embedding")]
+    figure, axes = plt.subplots(-(-len(drawn) // 3), 3, figsize=(11, 3.9 * -(-len(drawn) // 3)), squeeze=False)
+    for panel in axes.flat[len(drawn) :]:
         panel.axis("off")
-    for (title, methods), row in zip(groups.items(), axes, strict=True):
-        for panel, (name, run) in zip(row, methods.items(), strict=False):
-            points = run.get("embedding")
-            if points is None:
-                continue
-            panel.axis("on")
-            xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
-            scatter(panel, xy, labels, points["classes"], legend=run is list(methods.values())[-1])
-            panel.set_title(f"{name}: {run['top1']:.1f}%", fontsize=9)
-        row[0].set_ylabel(title)
-    figure.savefig(folder / "embeddings.png", dpi=80)
+    for panel, run in zip(axes.flat, drawn, strict=False):
+        points = run["embedding"]
+        xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
+        scatter(panel, xy, labels, points["classes"], legend=False)
+        panel.set_title(f"{run['row']}: {run['top1']:.1f} %", fontsize=10, color=f"C{order(run['row'])}")
+    handles = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=min(10, len(handles[1])), frameon=False, markerscale=3)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(folder / "embeddings.png", dpi=90)
     plt.close(figure)
 
 

@@ -262,8 +262,8 @@ def test_settings_that_do_not_fit_the_data(run, tmp_path):
         refused(done, 2, "--gpu 0", "no GPU")
 
 
-def test_every_fault_of_the_readme_has_its_test():
-    section = (ROOT / "README.md").read_text().split("## What happens if")[1].split("\n## ")[0]
+def test_every_fault_on_the_page_has_its_test():
+    section = (ROOT / "docs/faults.md").read_text()
     named = {line.split("`")[-2] for line in section.splitlines() if line.startswith("| ") and "`test_" in line}
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(named) >= 12

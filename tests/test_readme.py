@@ -10,6 +10,7 @@ from conftest import ROOT, TINY
 from moco import logs
 
 README = (ROOT / "README.md").read_text()
+PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.S)]
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if "python main_" in line]
 SMALL = "-a resnet20 --image-size 8 -b 8 --epochs 1 --moco-k 32"
@@ -32,8 +33,7 @@ def test_commands(run, folder, tmp_path):
 
 
 def test_every_option_of_the_table_exists(run):
-    section = README.split("## Options beyond the reference's")[1].split("\n## ")[0]
-    named = set(re.findall(r"`(--[a-z-]+)", section)) - {"--help"}
+    named = set(re.findall(r"`(--[a-z-]+)", PAGES["options.md"])) - {"--help"}
     assert len(named) > 12
     help_ = run("main_moco_out.py", "--help").out + run("main_lincls.py", "--help").out
     assert all(name in help_ for name in named), [name for name in named if name not in help_]
@@ -81,6 +81,21 @@ def on_file(row, **changes):
     return {"row": row, **numbers, **scores, **where, **work, **changes}
 
 
+def copied_pages(place):
+    """README.md and docs/ in a folder of their own."""
+    for name, text in {"README.md": README, **{f"docs/{name}": text for name, text in PAGES.items()}}.items():
+        path = place / "pages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return place / "pages"
+
+
+def test_links_lead_somewhere():
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("https://") or (folder / link).exists(), link
+
+
 def test_nonsense_in_results_is_named(run, tmp_path):
     good = on_file("MoCo v2")
     cases = [("{", "no JSON"), ("[]", "its row"), (json.dumps(good)[:-5], "no JSON")]
@@ -112,9 +127,8 @@ def test_nonsense_in_results_is_named(run, tmp_path):
 
 
 def test_a_report_of_two_methods(run, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    words = ["--results", tmp_path, "--readme", readme]
+    pages = copied_pages(tmp_path)
+    words = ["--results", tmp_path, "--pages", pages]
     for name, seed in (("MoCo v2", 0), ("MoCo v2", 1), ("SupContrast", 0)):
         content = on_file(name, seed=seed, top1=61.4 + seed)
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(content))
@@ -122,16 +136,16 @@ def test_a_report_of_two_methods(run, tmp_path):
     assert done.status == 1 and "make report" in done.err
     done = run("scripts/report.py", *words)
     assert done.status == 0, done.err
-    text = readme.read_text()
+    text = (pages / "docs/results.md").read_text()
     assert "| MoCo v2 | cifar10 | resnet20 | 2 |" in text and "61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)" in text
+    assert "| MoCo v2 | 2 | 40.0 ± 0.0 (2 seeds) | 61.9 ± 0.7" in (pages / "README.md").read_text()
     for name in ("curves", "embeddings"):
-        assert f"results/{name}.png" in text and (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert f"results/{name}.png" in README and (tmp_path / f"{name}.png").stat().st_size > 5000
     assert run("scripts/report.py", *words, "--check").status == 0
 
 
 def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+    pages = copied_pages(tmp_path)
 
     def written(number, row, words, top1, seed=0, arch="resnet50"):
         lines = run("scripts/reproduce.py", "--print", words, "--seeds", str(seed)).out.splitlines()
@@ -147,8 +161,8 @@ def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
     written(4, label_out, "out-1000 --epochs 200", 94.0)
     written(5, label_out, "--small out-1000", 65.0, arch="resnet20")
     written(6, label_out, "--small out-1000 --pretrain '--moco-t 0.1'", 66.0, arch="resnet20")
-    assert run("scripts/report.py", "--results", tmp_path, "--readme", readme).status == 0
-    text = readme.read_text()
+    assert run("scripts/report.py", "--results", tmp_path, "--pages", pages).status == 0
+    text = "".join((pages / page).read_text() for page in ("README.md", "docs/results.md"))
     assert f"| {label_in} | `main_moco_in.py` | 200 | 95.4 / 99.9 | 95.1 ± 0.1 (2 seeds) / 95.0" in text
     assert f"| {label_in} | 200 | `--lr 0.5`, linear: `--wd 1e-6` | 40.0 | 90.0 / 95.0 |" in text
     assert f"| {label_out} | 200 |  | 40.0 | 94.0 / 95.0 |" in text
@@ -192,7 +206,7 @@ def test_rows_and_recipes(run):
         }
         (line,) = [line for line in small if f"main_{script}.py" in line]
         assert f"--lr {max(knn, key=knn.get)} " in line
-        assert all(f"{value:.1f}" in README for value in knn.values())
+        assert all(f"{value:.1f}" in PAGES["results.md"] for value in knn.values())
     refused = run("scripts/reproduce.py", "in-300 data/")
     assert refused.status == 2 and "unknown row 'in-300'" in refused.err
 

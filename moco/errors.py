@@ -1,23 +1,23 @@
-"""What goes wrong in ways a user can mend: one line on stderr, never a traceback."""
+"""Errors that a user can fix: one line on stderr, never a traceback."""
 
 
 class UsageError(Exception):
-    """The command line asks for something impossible. Exit status 2."""
+    """The command line cannot be carried out as it is. Exit status 2."""
 
     status = 2
 
 
 class RunError(Exception):
-    """The command was sound, but the run cannot go on (a broken image, a full disk). Exit status 1."""
+    """The command line is fine, but the run fails (a broken image, a full disk). Exit status 1."""
 
     status = 1
 
     def __init__(self, text, alone=False):
-        """`alone`: perhaps only this process has met it, so it says so itself."""
+        """`alone`: perhaps only this process has the error, so it prints it itself."""
         super().__init__(text)
         self.alone = alone
 
 
 def one_line(text):
-    """With line breaks and other control characters spelt out."""
+    """The text with line breaks and other control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a progress bar or lines, log.csv, TensorBoard."""
+"""What a user sees during a run: a progress bar or lines, log.csv, TensorBoard."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ from moco.errors import RunError
 
 
 def say(text):
-    """A line on stdout, from the first process alone. RunError: its reader is gone, or its disk is full."""
+    """A line on stdout, from rank 0 alone. RunError: stdout is a closed pipe or a full disk."""
     if distributed.rank() != 0:
         return
     try:
@@ -95,7 +95,7 @@ class Progress:
 
 
 class Log:
-    """One row an epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only the first process
+    """One row an epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only rank 0
     writes.
 
     A resumed run drops the rows from its first epoch on: each epoch is there once. The log of an earlier run is
@@ -120,12 +120,12 @@ class Log:
             raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
 
     def write(self, rows):
-        beside = self.path.with_name(self.path.name + ".tmp")
-        with open(beside, "w", newline="") as file:
+        tmp = self.path.with_name(self.path.name + ".tmp")
+        with open(tmp, "w", newline="") as file:
             table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        os.replace(beside, self.path)
+        os.replace(tmp, self.path)
         self.rows = list(rows)
 
     def add(self, epoch, **values):
@@ -140,7 +140,7 @@ class Log:
                     self.writer.add_scalar(name, value, epoch)
             self.writer.flush()
         except OSError as error:
-            raise RunError(f"'{self.path}' or tensorboard/ beside it cannot be written: {error.strerror}") from None
+            raise RunError(f"'{self.path}' or tensorboard/ next to it cannot be written: {error.strerror}") from None
 
     def close(self):
         if self.writer is not None:

@@ -84,7 +84,7 @@ def mean_over_rows(loss: Tensor, counted: Tensor) -> Tensor:
 
 @torch.no_grad()
 def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contrast: Tensor | None = None) -> Tensor:
-    """What tells whether a loss near log K is normal, as a (4,) float32 tensor.
+    """Shows whether a loss near log K is normal, as a (4,) float32 tensor.
 
     In order: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
     to the positives, to the negatives, and mean number of positives a query.

@@ -48,24 +48,24 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")
-    words = parser.parse_args()
+    args = parser.parse_args()
     try:
-        runs, benches = read(words.results)
+        runs, benches = read(args.results)
         for page, parts in {
             "README.md": {"rows": rows(runs), "table": table(runs)},
-            "docs/results.md": {"runs": small_table(runs) + full_table(runs), "searches": searches(words.results)},
+            "docs/results.md": {"runs": small_table(runs) + full_table(runs), "searches": searches(args.results)},
             "docs/speed.md": {"speed": speed(benches)},
         }.items():
-            path = words.pages / page
+            path = args.pages / page
             new = old = path.read_text()
             for name, content in parts.items():
                 new = between(new, name, content, path)
-            if words.check and new != old:
-                raise RunError(f"'{path}' does not agree with '{words.results}': run make report")
-            if not words.check:
+            if args.check and new != old:
+                raise RunError(f"'{path}' does not agree with '{args.results}': run make report")
+            if not args.check:
                 path.write_text(new)
-        if not words.check:
-            draw(runs, words.results)
+        if not args.check:
+            draw(runs, args.results)
     except OSError as error:
         launch.complain(RunError(f"'{error.filename}': {error.strerror}"))
     except (UsageError, RunError) as error:

@@ -6,7 +6,7 @@
     python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in seconds
     python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
-A run that was interrupted goes on where it stopped when the same command is given again. Runs are kept in
+Run an interrupted command again and it continues. Runs are kept in
 runs/NAME-SEED/, their logs and checkpoints included.
 """
 
@@ -200,12 +200,12 @@ def train(folder, lines):
         command = shlex.split(line)
         status = call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
         if status > 128:
-            print(f"{command[1]} was stopped by a signal; the same command goes on from there", file=sys.stderr)
+            print(f"{command[1]} was stopped by a signal; the same command continues it", file=sys.stderr)
             raise SystemExit(status)
         if status == 2 and fresh and line == lines[0]:  # nothing has begun: what was wrong can be put right
             begun.unlink()
         if status:
-            more = "; the same command goes on from there" if status != 2 else ""
+            more = "; the same command continues it" if status != 2 else ""
             raise RunError(f"{command[1]} ended with status {status}{more}")
     return facts
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 if not any("test_gpu" in word for word in sys.argv):  # the others compare bits, and start more processes than GPUs
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the tests start processes that share cores
+# Before torch: networks this small gain nothing from threads, and the tests start processes that share cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 ROOT = Path(__file__).resolve().parent.parent
 
 # A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps an epoch.

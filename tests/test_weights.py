@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_bad_input import refused
 
+from moco import checkpoint, encoders
+
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
 
 
@@ -21,8 +23,23 @@ def rows(run, folder, tmp_path):
     return data, tmp_path / "pretrained", tmp_path / "files", where
 
 
-def test_verify(run, rows, folder, tmp_path):
+def test_one_file_three_uses(run, rows, folder, tmp_path):
     data, weights, files, where = rows
+    for name in ("in", "ce"):
+        (path,) = files.glob(f"{name}-*.json")
+        row, file = json.loads(path.read_text()), weights / f"{name}-resnet20.pth.tar"
+        assert row["weights"]["file"] == f"pretrained/{file.name}"
+        done = run("main_lincls.py", "-e --resume", file, data)  # of the last epoch
+        assert f"top1={row['top1']:.2f} top5={row['top5']:.2f}" in done.out.splitlines()[-1], done.err
+        done = run("main_lincls.py", "--epochs 1 -b 8 --pretrained", file, "--output-dir", tmp_path / name, data)
+        assert done.status == 0 and "result: top1=" in done.out, done.err
+        refused(run("main_lincls.py", "--resume", file, data), 2, file.name, "weights alone")
+        words = f"-a resnet20 --image-size 12 -b 8 --output-dir {tmp_path}"
+        refused(run("main_moco_in.py", words, "--resume", file, data), 2, file.name, "weights alone")
+        saved = torch.load(file, weights_only=True)
+        assert "optimizer" not in saved and all(key.startswith("module.") for key in saved["state_dict"])
+        assert file.stat().st_size < 1_300_000
+
     assert sorted(path.name for path in weights.iterdir()) == ["ce-resnet20.pth.tar", "in-resnet20.pth.tar"]
     done = run("scripts/reproduce.py", "--verify", where, data)
     assert done.status == 0 and len(done.out.splitlines()) == 2 and "differs" not in done.out, done.err
@@ -45,42 +62,27 @@ def test_verify(run, rows, folder, tmp_path):
     saved["state_dict"]["module.fc.bias"] += 1
     torch.save(saved, file)
     refused(run("scripts/reproduce.py", "--verify", where, data), 1, "in-resnet20.pth.tar", "checksum")
+    three = folder("three", classes=("cat", "cow", "dog"), train=2, val=2)
+    refused(run("main_lincls.py", "-e --resume", file, three), 2, file.name, "other classes")
+    file.write_bytes(file.read_bytes()[:5000])
+    refused(run("main_lincls.py", "-e --resume", file, data), 1, file.name)
+    refused(run("main_lincls.py", "-e --resume", tmp_path / "none.pth.tar", data), 2, "none.pth.tar")
     file.unlink()
     refused(run("scripts/reproduce.py", "--verify", where, data), 1, "in-resnet20.pth.tar", "missing")
     shutil.rmtree(weights)
     refused(run("scripts/reproduce.py", "--verify", where, data), 2, "pretrained", "no weights")
 
 
-def test_one_file_three_uses(run, rows, folder, tmp_path):
-    data, weights, files, _ = rows
-    for name in ("in", "ce"):
-        (path,) = files.glob(f"{name}-*.json")
-        row, file = json.loads(path.read_text()), weights / f"{name}-resnet20.pth.tar"
-        assert row["weights"]["file"] == f"pretrained/{file.name}"
-        done = run("main_lincls.py", "-e --resume", file, data)  # of the last epoch
-        assert f"top1={row['top1']:.2f} top5={row['top5']:.2f}" in done.out.splitlines()[-1], done.err
-        done = run("main_lincls.py", "--epochs 1 -b 8 --pretrained", file, "--output-dir", tmp_path / name, data)
-        assert done.status == 0 and "result: top1=" in done.out, done.err
-        refused(run("main_lincls.py", "--resume", file, data), 2, file.name, "weights alone")
-        words = f"-a resnet20 --image-size 12 -b 8 --output-dir {tmp_path}"
-        refused(run("main_moco_in.py", words, "--resume", file, data), 2, file.name, "weights alone")
-        saved = torch.load(file, weights_only=True)
-        assert "optimizer" not in saved and all(key.startswith("module.") for key in saved["state_dict"])
-        assert file.stat().st_size < 1_300_000
-    three = folder("three", classes=("cat", "cow", "dog"), train=2, val=2)
-    refused(run("main_lincls.py", "-e --resume", file, three), 2, file.name, "other classes")
-    file.write_bytes(file.read_bytes()[:5000])
-    refused(run("main_lincls.py", "-e --resume", file, data), 1, file.name)
-    refused(run("main_lincls.py", "-e --resume", tmp_path / "none.pth.tar", data), 2, "none.pth.tar")
+def test_a_longer_run_replaces_the_weights_of_a_shorter_one(tmp_path):
+    import weights
 
-
-def test_a_longer_run_replaces_the_weights_of_a_shorter_one(run, folder, tmp_path):
-    data = folder(train=12, val=6)
-    where = f"--runs {tmp_path}/runs --results {tmp_path}/files --weights {tmp_path}/pretrained"
-    seen = []
+    state = {f"module.encoder_q.{name}": value for name, value in encoders.resnet20(10).state_dict().items()}
+    file, seen = tmp_path / "pretrained/ce-resnet20.pth.tar", []
     for epochs, seed in ((2, 0), (1, 0), (2, 1), (3, 1)):
-        words = f"--small ce {data} --epochs {epochs} --seeds {seed} {SMALL.format('')} {where}"
-        assert run("scripts/reproduce.py", words).status == 0
-        saved = torch.load(tmp_path / "pretrained/ce-resnet20.pth.tar", weights_only=True)
+        known = dict.fromkeys(weights.KEPT) | dict(epochs=epochs, seed=seed)
+        content = dict(epoch=epochs, arch="resnet20", state_dict=state, options=known)
+        checkpoint.save(tmp_path / "run/checkpoint_last.pth.tar", content)
+        weights.write(tmp_path / "run", dict(top1=1.0, top5=5.0, epoch=epochs - 1), file)
+        saved = checkpoint.load(file)
         seen.append((saved["options"]["epochs"], saved["options"]["seed"]))
     assert seen == [(2, 0), (2, 0), (2, 0), (3, 1)]

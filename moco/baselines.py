@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco import distributed, encoders
-from moco.builder import UNLABELLED
-from moco.losses import contrast_health, out_loss
+from moco.losses import UNLABELLED, contrast_health, out_loss
 
 
 class SupContrast(nn.Module):
@@ -36,7 +35,8 @@ class SupContrast(nn.Module):
     def forward(self, im_1: Tensor, im_2: Tensor, labels: Tensor) -> Tensor:
         """
         Args:
-            im_1, im_2: (N, 3, H, W) float, two views of this process's images. labels: (N,) int64.
+            im_1, im_2: (N, 3, H, W) float, two views of this process's images.
+            labels: (N,) int64, -1 for an image without one: its views have each other as their only positive.
         Returns:
             float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
         """
@@ -44,14 +44,18 @@ class SupContrast(nn.Module):
         chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
         z = encoders.apply(self.encoder_q, torch.cat([view for pair in chunks for view in pair]), self.bn_splits)
         z = F.normalize(z, dim=1)  # 2NxC
-        z_labels = torch.cat([pair for c in labels.chunk(self.bn_splits) for pair in (c, c)])
+        z_labels = self.for_both_views(labels)
+        z_images = self.for_both_views(torch.arange(len(labels), device=z.device))
 
         with torch.autocast(z.device.type, enabled=False):
             # every process computes the loss of all anchors: 2Bx2B
             z_all, labels_all = distributed.gather_keys_and_labels(z.detach(), z_labels)
             z_all = distributed.with_gradient(z_all, z)
             logits = z_all @ z_all.T / self.T
+            processes = torch.arange(distributed.world_size(), device=z.device)
+            images_all = (processes[:, None] * len(labels) + z_images).flatten()
             positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
+            positives |= images_all[:, None] == images_all  # the other view, whatever the label
             contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
             if self.watch:
                 self.health = contrast_health(logits, positives, self.T, contrast)
@@ -59,6 +63,10 @@ class SupContrast(nn.Module):
 
             # gradients are averaged over processes, but the parts that they have here must be added up
             return loss.detach() + distributed.world_size() * (loss - loss.detach())
+
+    def for_both_views(self, x: Tensor) -> Tensor:
+        """(N,), one value an image -> (2N,), one a row of the features: chunk by chunk, and of each both views."""
+        return torch.cat([views for chunk in x.chunk(self.bn_splits) for views in (chunk, chunk)])
 
 
 class CrossEntropy(nn.Module):

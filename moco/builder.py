@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco import distributed, encoders
-from moco.losses import contrast_health, in_loss, info_nce_logits, info_nce_loss, out_loss
-
-UNLABELLED = -1  # matches nothing: the label of an image without one, and of a queue slot that was never filled
+from moco.losses import UNLABELLED, contrast_health, in_loss, info_nce_logits, info_nce_loss, out_loss
 
 
 class MoCo(nn.Module):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+UNLABELLED = -1  # matches nothing: the label of an image without one, and of a queue slot that was never filled
+
 
 def in_loss(logits: Tensor, positives: Tensor) -> Tensor:
     """SupContrast "In": the mean over the positives is inside the logarithm (L_in, arXiv:2004.11362, eq. 3).

@@ -43,6 +43,7 @@ FIXED = [
     "groups",
     "views",
     "per_class",
+    "labels_per_class",
     "holdout",
     "recipe",
 ]

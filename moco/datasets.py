@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.errors import RunError, UsageError
+from moco.losses import UNLABELLED
 
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,7 +38,7 @@ LARGEST_DATASET = 8 << 30  # ... as long as all of them take fewer bytes than th
 class Split:
     """The training or the validation images.
 
-    labels: (N,) int64 on the CPU. Either images: (N, 3, H, W) uint8 on the device, or paths: their N files.
+    labels: (N,) int64 on the CPU, -1 for an image without one. Either images: (N, 3, H, W) uint8 on the device, or paths: their N files.
     """
 
     labels: torch.Tensor
@@ -48,13 +49,39 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of_each_class(self, part: slice) -> "Split":
-        """The images that a slice takes of each class, in their order."""
+    def rows_of_each_class(self, part: slice) -> torch.Tensor:
+        """(n,) int64: where the images are that a slice takes of each class, in their order; none without a label."""
         each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
-        kept = torch.cat(each).sort().values
-        images = None if self.images is None else self.images[kept]
-        paths = None if self.paths is None else [self.paths[i] for i in kept.tolist()]
-        return Split(self.labels[kept], self.classes, images, paths)
+        return torch.cat(each).sort().values
+
+    def of_each_class(self, part: slice, unlabelled: bool = False) -> "Split":
+        """The images that a slice takes of each class, in their order; with `unlabelled` all without a label, too."""
+        kept = self.rows_of_each_class(part)
+        if unlabelled:
+            kept = torch.cat([kept, (self.labels == UNLABELLED).nonzero().squeeze(1)]).sort().values
+        return self.take(kept)
+
+    def take(self, rows: torch.Tensor) -> "Split":
+        """The images at these rows, (n,) int64 on the CPU, in their order."""
+        images = None if self.images is None else self.images[rows]
+        paths = None if self.paths is None else [self.paths[i] for i in rows.tolist()]
+        return Split(self.labels[rows], self.classes, images, paths)
+
+    def with_labels(self, count: int) -> "Split":
+        """All images; only the first `count` of each class have their label."""
+        rows = self.rows_of_each_class(slice(count))
+        labels = torch.full_like(self.labels, UNLABELLED)
+        labels[rows] = self.labels[rows]
+        return replace(self, labels=labels)
+
+    def labelled(self) -> "Split":
+        """The images that have a label."""
+        rows = (self.labels != UNLABELLED).nonzero().squeeze(1)
+        return self if len(rows) == len(self) else self.take(rows)
+
+    def repeated(self, count: int) -> "Split":
+        """Its images, again and again until they are `count`."""
+        return self if count == len(self) else self.take(torch.arange(count) % len(self))
 
     def pillow(self, index: int) -> Image.Image:
         """Image `index`, in RGB."""
@@ -104,6 +131,8 @@ def load(
     *,
     holdout: int = 0,
     per_class: int | None = None,
+    labels_per_class: int | None = None,
+    unlabelled: bool = False,
     in_memory: bool = True,
     device: torch.device | str = "cpu",
 ) -> Split:
@@ -113,21 +142,26 @@ def load(
         name: "imagefolder", "cifar10", "cifar100" or "digits". folder: where it is.
         holdout: validate on the last so many training images of each class, and do not train on them.
         per_class: only the first so many training images of each class.
+        labels_per_class: of these, the first so many of each class keep their label, the others get -1.
+        unlabelled: the training images include those of an image folder's unlabelled/, with label -1.
         in_memory: keep small images of one size on the device, as a tensor.
     """
     source = train or holdout > 0  # is it cut from the training images?
     if name == "digits":
         split = digits(source)
     elif name == "imagefolder":
-        split = image_folder(folder, source, in_memory)
+        split = image_folder(folder, source, in_memory, unlabelled and train)
     else:
         split = cifar(name, folder, source)
     if holdout:
-        if (fewest := int(split.labels.bincount(minlength=len(split.classes)).min())) <= holdout:
+        labels = split.labels[split.labels != UNLABELLED]
+        if (fewest := int(labels.bincount(minlength=len(split.classes)).min())) <= holdout:
             raise UsageError(f"--holdout {holdout} leaves none of the {fewest} training images of a class")
-        split = split.of_each_class(slice(-holdout) if train else slice(-holdout, None))
+        split = split.of_each_class(slice(-holdout) if train else slice(-holdout, None), unlabelled)
     if train and per_class:
-        split = split.of_each_class(slice(per_class))
+        split = split.of_each_class(slice(per_class), unlabelled)
+    if train and labels_per_class is not None:
+        split = split.with_labels(labels_per_class)
     if in_memory and split.images is not None:
         split.images = split.images.to(device)
     return split
@@ -171,8 +205,8 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     return Split(torch.tensor(data.targets), data.classes, images)
 
 
-def image_folder(folder: str, train: bool, in_memory: bool = True) -> Split:
-    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class."""
+def image_folder(folder: str, train: bool, in_memory: bool = True, unlabelled: bool = False) -> Split:
+    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class. With `unlabelled` FOLDER/unlabelled, too."""
     if train:
         root = Path(folder, "train")
         if not root.is_dir():
@@ -191,8 +225,34 @@ def image_folder(folder: str, train: bool, in_memory: bool = True) -> Split:
             raise UsageError(f"class folder '{root / name}' holds no image ({' '.join(IMG_EXTENSIONS)})")
         paths += found
         labels += [label] * len(found)
+    if unlabelled and Path(folder, "unlabelled").is_dir():
+        found = images_without_label(folder, paths)
+        paths += found
+        labels += [UNLABELLED] * len(found)
     images = decode(paths, root.name) if in_memory else None
     return Split(torch.tensor(labels), classes, images, paths)
+
+
+def images_without_label(folder: str, train: list[str]) -> list[str]:
+    """Paths of the images in FOLDER/unlabelled and below it; UsageError if one is among those of `train`."""
+    root = os.path.join(folder, "unlabelled")
+    found = sorted(images_below(os.path.join(root, "")))
+    if not found:
+        raise UsageError(f"'{root}' holds no image ({' '.join(IMG_EXTENSIONS)})")
+    labelled = {identity(path): path for path in train}
+    for path in found:
+        if same := labelled.get(identity(path)):
+            raise UsageError(f"'{path}' is the same file as '{same}': unlabelled/ and train/ must not share images")
+    return found
+
+
+def identity(path: str) -> tuple[int, int] | str:
+    """What two names of one file share, be they links or not."""
+    try:
+        status = os.stat(path)
+    except OSError:  # whoever opens it will say what is wrong
+        return path
+    return status.st_dev, status.st_ino
 
 
 def class_folders(root: Path) -> list[str]:

@@ -81,9 +81,9 @@ def knn(
     """Top-1 accuracy in percent of the weighted nearest-neighbour vote (Wu et al., arXiv:1805.01978, section 3.4).
 
     The k training features most similar to a validation feature vote for their labels with weight
-    exp(similarity / temperature). Features are those of the frozen encoder without its head.
+    exp(similarity / temperature); images without a label have no vote. Features are those of the frozen encoder without its head.
     """
-    encoder = frozen(encoder)
+    encoder, train = frozen(encoder), train.labelled()
     bank, bank_labels = extract(encoder, train, centre, batch_size)
     queries, labels = extract(encoder, validation, centre, batch_size)
     classes = len(train.classes)

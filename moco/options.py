@@ -98,6 +98,8 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     add("--stem", choices=("cifar", "imagenet"), help=text)
     text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
     add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
+    text = "only the first N training images of each class keep their label, the others train without (default: all)"
+    add("--labels-per-class", type=count, metavar="N", help=text)
     text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
     if method:

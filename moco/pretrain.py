@@ -16,6 +16,7 @@ from moco.datasets import Split
 from moco.epoch import Record, autocast, resume, set_learning_rate
 from moco.errors import UsageError
 from moco.logs import say
+from moco.losses import UNLABELLED
 from moco.signals import Interruption
 
 WATCH_EVERY = 10  # steps between two looks at the health of the contrast: it costs a few passes over the logits
@@ -51,8 +52,12 @@ def train(model_class: type[nn.Module], method: options.Method, args: Namespace,
         if saved.get("arch") != args.arch:
             raise UsageError(f"checkpoint '{path}' was trained with -a {saved.get('arch')}, this run has {args.arch}")
         checkpoint.compare_options(saved["options"], vars(args), path)
+    if args.labels_per_class == 0 and (model_class.classifies or args.knn_freq):
+        what = "cross entropy" if model_class.classifies else f"--knn-freq {args.knn_freq}"
+        raise UsageError(f"--labels-per-class 0 leaves no labelled image: {what} needs some")
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
-    split = load(True, per_class=args.per_class, in_memory=args.views == "batched")
+    chosen = dict(per_class=args.per_class, labels_per_class=args.labels_per_class, unlabelled=True)
+    split = load(True, **chosen, in_memory=args.views == "batched")
     if model_class.labelled and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
     if saved:
@@ -76,7 +81,8 @@ def fit(
     steps = len(split) // args.batch_size
     args.compile = options.compiles(args, steps, device)
     batches = Batches(
-        split,
+        # What trains on labels alone sees the same ones again, so that an epoch has as many steps for every method.
+        split.labelled().repeated(len(split)) if model_class.classifies else split,
         method.views(args),
         batch_size=args.batch_size,
         seed=args.seed,
@@ -107,7 +113,7 @@ def fit(
             encoder.compile()
     network = distributed.parallel(model, device)
     log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
-    introduce(args, device, len(split), steps, first_epoch, record.shown)
+    introduce(args, device, model_class, split, steps, first_epoch, record.shown)
 
     network.train()
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
@@ -190,13 +196,18 @@ def average_statistics(model):
         torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
 
 
-def introduce(args, device, images, steps, epoch, step):
+def introduce(args, device, model_class, split, steps, epoch, step):
     processes = distributed.world_size()
+    labelled, some = int((split.labels != UNLABELLED).sum()), ""
+    if labelled < len(split) or args.labels_per_class is not None:
+        some = f", {labelled:,} of them labelled"
     say(
-        f"{args.objective}: {args.arch} on {images:,} images of {len(args.classes)} classes, {steps} steps an "
+        f"{args.objective}: {args.arch} on {len(split):,} images of {len(args.classes)} classes{some}, {steps} steps an "
         f"epoch, on {processes} process{'es' * (processes > 1)} ({device.type}, "
         f"{args.precision}{', compiled' * args.compile}), seed {args.seed}"
     )
+    if model_class.classifies and labelled < len(split):
+        say("note: it trains on the labelled images alone, repeated to the length of an epoch of all images")
     if epoch or step:
         say(f"going on with epoch {epoch}, step {step}")
     if args.groups == 1 and hasattr(args, "moco_k"):

@@ -207,7 +207,7 @@ def introduce(args, device, model_class, split, steps, epoch, step):
         f"{args.precision}{', compiled' * args.compile}), seed {args.seed}"
     )
     if model_class.classifies and labelled < len(split):
-        say("note: it trains on the labelled images alone, repeated to the length of an epoch of all images")
+        say("note: cross entropy trains on the labelled images alone, repeated to as many steps as all images give")
     if epoch or step:
         say(f"going on with epoch {epoch}, step {step}")
     if args.groups == 1 and hasattr(args, "moco_k"):

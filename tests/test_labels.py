@@ -78,7 +78,7 @@ def test_unlabelled_images_of_a_folder(folder, size):
 def test_every_method_trains_where_some_labels_are_missing(script, words, run, folder, tmp_path):
     done = run(script, words, "--epochs 1 --knn-freq 1 --labels-per-class 3 --output-dir", tmp_path / "digits")
     assert done.status == 0 and "160 images of 10 classes, 30 of them labelled, 5 steps" in done.out, done.err
-    assert ("note: it trains on the labelled images alone" in done.out) == (script == "main_ce.py")
+    assert ("note: cross entropy trains on the labelled images alone" in done.out) == (script == "main_ce.py")
     assert 0 < float(log(tmp_path / "digits")[0]["knn"]) <= 100
 
     data = add_unlabelled(folder(train=6, val=2))

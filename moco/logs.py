@@ -4,17 +4,20 @@ import csv
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from moco import distributed
 from moco.errors import RunError
 
 
-def say(text):
+def say(text: str) -> None:
     """A line on stdout, from rank 0 alone. RunError: stdout is a closed pipe or a full disk."""
     if distributed.rank() != 0:
         return
@@ -35,7 +38,9 @@ class Progress:
     workers so far.
     """
 
-    def __init__(self, epoch, epochs, steps, images_per_step, record, cpu_clock):
+    def __init__(
+        self, epoch: int, epochs: int, steps: int, images_per_step: int, record, cpu_clock: Callable[[], float]
+    ):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
         self.first = self.done = first = record.shown
         self.begun = self.mark = time.perf_counter()
@@ -47,7 +52,7 @@ class Progress:
         if distributed.rank() == 0 and sys.stdout.isatty():
             self.bar = tqdm(total=steps, initial=first, desc=f"epoch {epoch}/{epochs - 1}", unit="step", leave=False)
 
-    def waited_for(self, iterable):
+    def waited_for(self, iterable: Iterable) -> Iterator[tuple[int, Any]]:
         """Steps and their items; counts the seconds that it takes to get these (on a GPU: to ask for them)."""
         iterator = iter(iterable)
         for step in count(self.first):
@@ -57,7 +62,7 @@ class Progress:
             self.waiting += time.perf_counter() - start
             yield step, item
 
-    def spent(self, device, since=None):
+    def spent(self, device: torch.device, since: dict | None = None) -> tuple[float, float]:
         """Seconds of the epoch, and its processor time over all threads, workers and processes; `since`: a row of the
         log that says how much that was then. Each process must call it."""
         then = (since["seconds"], since["cpu_seconds"]) if since else (0.0, 0.0)
@@ -65,10 +70,10 @@ class Progress:
         return time.perf_counter() - self.start - then[0], cpu - then[1]
 
     @property
-    def images_per_second(self):
+    def images_per_second(self) -> float:
         return (self.done - self.first) * self.images / max(time.perf_counter() - self.begun, 1e-9)
 
-    def show(self, done, **values):
+    def show(self, done: int, **values: str) -> None:
         """After `done` steps of the epoch."""
         now = time.perf_counter()
         step_time = (now - self.mark) / max(done - self.done, 1)
@@ -102,7 +107,7 @@ class Log:
     replaced when there is a first row to replace it.
     """
 
-    def __init__(self, folder, name, columns, first_epoch=0):
+    def __init__(self, folder: str | Path, name: str, columns: list[str], first_epoch: int = 0):
         self.columns = columns
         self.writer = None
         if distributed.rank() != 0:
@@ -128,7 +133,7 @@ class Log:
         os.replace(tmp, self.path)
         self.rows = list(rows)
 
-    def add(self, epoch, **values):
+    def add(self, epoch: int, **values: float | None) -> None:
         """Values may be None: not measured in this epoch."""
         if distributed.rank() != 0:
             return
@@ -147,11 +152,11 @@ class Log:
             self.writer.close()
 
 
-def rounded(value):
+def rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.7g}"
 
 
-def read(path):
+def read(path: str | Path) -> list[dict[str, str]]:
     """The rows of a log, as dicts of strings; none, if there is no log. A row that was cut short is left out."""
     if not Path(path).is_file():
         return []

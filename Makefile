@@ -3,7 +3,7 @@
 # make check   lint and format
 # make report  README's table and figures, from results/
 #
-# Each makes a virtual environment in .venv first, with requirements.txt. PYTHON=... chooses the interpreter.
+# Each makes a virtual environment in .venv first, with this project and requirements.txt in it. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -32,13 +32,13 @@ check: .venv/installed-dev
 report: .venv/installed
 	$(BIN)/python scripts/report.py
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
 .PHONY: demo test check report

@@ -25,11 +25,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from reproduce import commit, describe_hardware, versions
-
 from moco import augment, builder, datasets, distributed, encoders, launch, options, pretrain
+from reproduce import commit, describe_hardware, versions
 from results import write_json
 
 IMAGES, CLASSES = 4096, 10

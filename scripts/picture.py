@@ -3,7 +3,6 @@
 python scripts/picture.py RUN [DATA]        # RUN/picture.png, from the logs and checkpoint_last.pth.tar in RUN
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +11,6 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from sklearn.manifold import TSNE
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import augment, checkpoint, datasets, encoders, evaluate, launch, logs, options
 from moco.errors import RunError, UsageError

@@ -6,7 +6,6 @@ python scripts/report.py --check    # exit with status 1 if a page does not agre
 """
 
 import statistics
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +15,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from picture import scatter
-from reproduce import ROOT, by_option
-
 import results
 from moco import launch, logs, options
 from moco.errors import RunError, UsageError
+from picture import scatter
+from reproduce import ROOT, by_option
 from results import FIGURES, ROWS
 
 # Options that say where a run is kept, how it is watched and how fast it is, not what it computes.

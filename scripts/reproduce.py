@@ -25,18 +25,15 @@ from pathlib import Path
 import torch
 import torchvision
 
+import results
+import weights
+from moco import checkpoint, launch, logs, options
+from moco.errors import RunError, UsageError
+from moco.logs import say
+from picture import embedding
+from results import ROWS
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import weights  # noqa: E402
-from picture import embedding  # noqa: E402
-
-import results  # noqa: E402
-from moco import checkpoint, launch, logs, options  # noqa: E402
-from moco.errors import RunError, UsageError  # noqa: E402
-from moco.logs import say  # noqa: E402
-from results import ROWS  # noqa: E402
-
 # Without a GPU: the same views, batch and classifier for all.
 SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
 SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8 --precision fp32"

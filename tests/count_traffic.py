@@ -4,8 +4,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import TINY_MOCO
 
+from conftest import TINY_MOCO
 from moco import builder, distributed, options, pretrain
 
 dist.init_process_group("gloo")

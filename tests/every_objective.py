@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import TINY
 
+from conftest import TINY
 from moco import baselines, builder, distributed, epoch, options, pretrain
 
 out, splits = Path(sys.argv[1]), sys.argv[2]

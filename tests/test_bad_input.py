@@ -11,9 +11,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MOCO
 from PIL import Image
 
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import checkpoint, datasets
 
 SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch import nn
 
+from conftest import ROOT
 from moco import encoders
 from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoSupLoss
 from moco.losses import in_loss

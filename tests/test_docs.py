@@ -4,6 +4,7 @@ import math
 import re
 
 import torch
+
 from conftest import ROOT
 
 

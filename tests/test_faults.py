@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MOCO
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import refused
-from test_runs import end, rows, same
 
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import checkpoint, launch, options
 from moco.errors import RunError, UsageError
+from test_bad_input import refused
+from test_runs import end, rows, same
 
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for the long version
 

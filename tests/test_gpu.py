@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+
 from conftest import ROOT, TINY, TINY_MOCO
+from moco import augment, pretrain
 from test_augment import MEAN, STD, images
 from test_runs import SCRIPTS, printed_losses, rows
-
-from moco import augment, pretrain
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU, and its name: pytest tests/test_gpu.py"

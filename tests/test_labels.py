@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MOCO
-from test_bad_input import refused
 
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import augment, baselines, checkpoint, datasets, encoders, evaluate
+from test_bad_input import refused
 
 LABEL_AWARE = ["main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 SCRIPTS = [(script, TINY_MOCO) for script in ["main_moco.py", *LABEL_AWARE]]

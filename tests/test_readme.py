@@ -5,8 +5,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, TINY
 
+from conftest import ROOT, TINY
 from moco import logs
 
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_MOCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import augment, batches, checkpoint, datasets, distributed, epoch, logs, options, pretrain
 
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from test_bad_input import refused
 
 from moco import checkpoint, encoders
+from test_bad_input import refused
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
 

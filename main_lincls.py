@@ -37,8 +37,7 @@ def evaluate_linear(args, device):
     """Loads encoder and images; then only evaluates a classifier, or trains one."""
     args.resume = checkpoint.find(args.resume, args.output_dir, device, LAST)
     source, saved, weights = read(args)
-    stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
-    args = options.resolve_linear(args, device, source, saved, stem)
+    args = options.resolve_linear(args, device, source, saved, weights)
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False)
@@ -55,13 +54,13 @@ def evaluate_linear(args, device):
             return backbone(images).float()
 
     def validate():
-        """Top-1 and top-5 accuracy on the validation images, in percent."""
+        """Top-1 and top-5 accuracy on the validation images, in percent, and the confusion matrix."""
         return evaluate.accuracy(
             lambda images: encoder.fc(features(images)), validation, centre, args.batch_size, device
         )
 
     if args.evaluate:
-        top1, top5 = validate()
+        top1, top5, _ = validate()
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
         return
     if args.resume:
@@ -125,7 +124,7 @@ def train(args, device, encoder, features, validate, split, source, saved):
     )
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr, **sgd)
-    record, first_epoch, best = Record(len(batches), device), args.start_epoch, None
+    record, first_epoch, best, confusion = Record(len(batches), device), args.start_epoch, None, None
     if args.resume:
         first_epoch, best = resume(saved, source, optimizer, record), saved["best"]
         if first_epoch < args.epochs:
@@ -161,11 +160,13 @@ def train(args, device, encoder, features, validate, split, source, saved):
                     progress.show(done, Loss=f"{record.losses[:done].mean():.4f}", lr=f"{lr:.4g}")
                     if stop and done < len(batches):
                         progress.close()
-                        save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(device)))
+                        begun = record.state(progress.spent(device))
+                        save(writer, encoder, optimizer, epoch, best, args, begun)
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             row = dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
-            row["top1"], row["top5"] = top1, top5 = validate()
+            top1, top5, confusion = validate()
+            row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
                 best = dict(top1=top1, top5=top5, epoch=epoch)
             say(
@@ -174,18 +175,20 @@ def train(args, device, encoder, features, validate, split, source, saved):
             )
             row["seconds"], row["cpu_seconds"] = progress.spent(device)
             log.add(epoch, **row)
-            save(writer, encoder, optimizer, epoch + 1, best, args)
+            save(writer, encoder, optimizer, epoch + 1, best, args, {"confusion": confusion})
             if stop:
                 interruption.leave(writer, f"after epoch {epoch}")
             record.restart(*progress.spent(device, since=row))
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
+    if confusion is not None:
+        say(evaluate.worst_classes(confusion, split.classes))
     say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
 
 
-def save(writer, encoder, optimizer, epoch, best, args, begun=None):
-    """`epoch` epochs are complete; `begun`: what the next one has seen so far, see Record.state."""
+def save(writer, encoder, optimizer, epoch, best, args, more):
+    """`epoch` epochs are complete; `more`: the last one's confusion matrix, or what a begun one has seen so far."""
     checkpoint.check_finite(encoder.fc.state_dict(), f"after {epoch} epochs")
     if distributed.rank() != 0:
         return
@@ -197,8 +200,8 @@ def save(writer, encoder, optimizer, epoch, best, args, begun=None):
         "best": best,
         "options": options.plain(args),
     }
-    is_best = not begun and best["epoch"] == epoch - 1
-    writer.save(Path(args.output_dir, LAST), content | (begun or {}), BEST if is_best else None)
+    is_best = "confusion" in more and best["epoch"] == epoch - 1
+    writer.save(Path(args.output_dir, LAST), content | more, BEST if is_best else None)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,23 @@
 """Supervised contrastive learning with momentum contrast: MoCo v2 with a label-aware queue."""
+
+
+def load_encoder(path, device="cpu"):
+    """The encoder in a checkpoint, and the preprocessing that its evaluation uses.
+
+    Args:
+        path: a checkpoint of this project or of MoCo, or a file of pretrained/. device: where the encoder goes.
+    Returns:
+        encoder: in eval mode, (N, 3, H, W) float -> (N, width) float32 features, not normalised.
+        preprocess: a PIL image of any size and mode -> its (3, size, size) float32 input, on the CPU.
+    Raises:
+        UsageError: no such file. RunError: it is damaged or holds no ResNet.
+    """
+    from functools import partial
+
+    from torch import nn
+
+    from moco import inference
+
+    network, centre, _ = inference.load(path)
+    network.fc = nn.Identity()
+    return network.to(device), partial(inference.preprocess, centre=centre)

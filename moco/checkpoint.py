@@ -286,3 +286,13 @@ def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classif
     weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
     own = {} if classifier else {n: v for n, v in encoder.state_dict().items() if n.startswith("fc.")}
     load_state(encoder, weights | own, path)
+
+
+def described(saved: dict, weights: dict) -> dict:
+    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std. Where it is MoCo's own, which does not
+    say, arch and size are what fits its first layer, and the statistics None."""
+    options = saved["options"]
+    stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
+    size = options.get("image_size") or (32 if stem == "cifar" else 224)
+    named = {name: options.get(name) for name in ("mean", "std")}
+    return dict(arch=saved.get("arch") or "resnet50", stem=stem, image_size=size, **named)

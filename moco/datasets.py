@@ -282,12 +282,17 @@ def open_image(path: str, alone: bool = True) -> Image.Image:
     """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip its values, not scale them
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
-            return image.convert("RGB")
+            return rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly everything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(f"image '{path}' cannot be read: {reason}", alone=alone) from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; ValueError if its pixels have more than 8 bits: Pillow would clip them, not scale them."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
+    return image.convert("RGB")
 
 
 def decode(paths: list[str], title: str) -> torch.Tensor | None:

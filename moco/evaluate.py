@@ -24,12 +24,27 @@ def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 @torch.no_grad()
 def accuracy(
     network: Callable[[Tensor], Tensor], split: Split, centre: augment.Centre, batch_size: int, device: torch.device
-) -> list[float]:
-    """Top-1 and top-5 in percent of a network that gives scores (N, classes)."""
+) -> tuple[float, float, Tensor]:
+    """Top-1 and top-5 in percent of a network that gives scores (N, classes); and the confusion matrix.
+
+    The latter is (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j.
+    """
+    classes = len(split.classes)
     hits = torch.zeros(2, dtype=torch.long, device=device)
+    pairs = torch.zeros(classes * classes, dtype=torch.long, device=device)
     for images, labels in Centres(split, centre, batch_size, device):
-        hits += topk_hits(network(images), labels)
-    return (100 * distributed.all_sum(hits).double() / len(split)).tolist()
+        scores = network(images)
+        hits += topk_hits(scores, labels)
+        pairs += (labels * classes + scores.argmax(1)).bincount(minlength=len(pairs))
+    top1, top5 = (100 * distributed.all_sum(hits).double() / len(split)).tolist()
+    return top1, top5, distributed.all_sum(pairs).view(classes, classes).cpu()
+
+
+def worst_classes(confusion: Tensor, classes: Sequence[str], count: int = 3) -> str:
+    """The classes of lowest top-1 accuracy, as a line; a class without images is left out."""
+    images = confusion.sum(1)
+    rates = [(100 * int(confusion[i, i]) / int(images[i]), name) for i, name in enumerate(classes) if images[i]]
+    return "worst classes: " + ", ".join(f"{name} {rate:.1f}" for rate, name in sorted(rates)[:count])
 
 
 def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moco import augment, datasets, distributed, logs
+from moco import augment, checkpoint, datasets, distributed, logs
 from moco.epoch import moco_learning_rate, supcon_learning_rate
 from moco.errors import UsageError, one_line
 
@@ -280,15 +280,15 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
     return args
 
 
-def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, stem: str) -> Namespace:
+def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, weights: dict) -> Namespace:
     """Likewise of main_lincls.py. What the command line leaves open is the checkpoint's: `saved`, from `source`."""
-    args, theirs, arch = Namespace(**vars(args)), saved["options"], saved.get("arch")
-    if args.arch and arch and args.arch != arch:
-        raise UsageError(f"checkpoint '{source}' was trained with -a {arch}, not {args.arch}")
-    args.arch, args.stem = args.arch or arch or "resnet50", stem
-    args.image_size = args.image_size or theirs.get("image_size") or (32 if stem == "cifar" else 224)
-    mean, std = datasets.IMAGENET if stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
-    args.mean, args.std = args.mean or theirs.get("mean", mean), args.std or theirs.get("std", std)
+    args, theirs, known = Namespace(**vars(args)), saved["options"], checkpoint.described(saved, weights)
+    if args.arch and saved.get("arch") and args.arch != saved["arch"]:
+        raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
+    args.arch, args.stem = args.arch or known["arch"], known["stem"]
+    args.image_size = args.image_size or known["image_size"]
+    mean, std = datasets.IMAGENET if args.stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
+    args.mean, args.std = args.mean or known["mean"] or mean, args.std or known["std"] or std
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
         args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"

@@ -164,7 +164,7 @@ def measure(model, args, epoch, split, validation, device):
     if model.classifies:
         network = evaluate.frozen(model.encoder_q, keep_fc=True)
         as_they_are = replace(centre, crop=False)
-        found["top1"], found["top5"] = evaluate.accuracy(network, validation, as_they_are, args.batch_size, device)
+        found["top1"], found["top5"], _ = evaluate.accuracy(network, validation, as_they_are, args.batch_size, device)
     return found
 
 

@@ -12,8 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from sklearn.manifold import TSNE
 
-from moco import augment, checkpoint, datasets, encoders, evaluate, launch, logs, options
+from moco import checkpoint, datasets, evaluate, inference, launch, logs, options
 from moco.errors import RunError, UsageError
+
+LINEAR = "linear_last.pth.tar"
 
 
 def main():
@@ -21,12 +23,12 @@ def main():
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a pretraining run")
     parser.add_argument("data", nargs="?", metavar="DATA", help="data folder (default: the one it was trained on)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/picture.png")
-    words = parser.parse_args()
+    args = parser.parse_args()
     try:
-        out = words.out or words.run / "picture.png"
+        out = args.out or args.run / "picture.png"
         if not out.parent.is_dir():
             raise UsageError(f"there is no folder '{out.parent}' for the picture")
-        draw(words.run, words.data, out)
+        draw(args.run, args.data, out)
         print(out)
     except (UsageError, RunError) as error:
         launch.complain(error)
@@ -35,15 +37,33 @@ def main():
 def draw(run, folder, out):
     points, labels, classes = embedding(run, folder)
     log, linear = logs.read(run / "log.csv"), logs.read(run / "linear.csv")
+    confusion = checkpoint.load(run / LINEAR).get("confusion") if (run / LINEAR).is_file() else None
     panels = [["loss", "map"], ["linear", "map"]] if linear else [["loss", "map"]]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(12, 5.2), layout="constrained")
+    if confusion is not None:
+        panels = [[*row, "confusion"] for row in panels]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(6 * len(panels[0]), 5.2), layout="constrained")
     curve(axes["loss"], log, "loss", xlabel="epoch of pretraining")
     if linear:
         curve(axes["linear"], linear, "top1", xlabel="epoch of the linear classifier", ylabel="top-1 in %")
     scatter(axes["map"], points, labels, classes)
     axes["map"].set_title("validation images: t-SNE of the frozen features")
+    if confusion is not None:
+        matrix(axes["confusion"], confusion, classes)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def matrix(axes, confusion, classes):
+    """The confusion matrix in percent of each class's images."""
+    rates = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
+    axes.imshow(rates, cmap="Blues", vmin=0, vmax=100)
+    axes.set(title="linear classifier: images of a class in %", xlabel="predicted", ylabel="class")
+    if len(classes) <= 20:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in ((i, j) for i in range(len(classes)) for j in range(len(classes)) if rates[i, j] >= 0.5):
+            colour = "white" if rates[row, column] > 50 else "black"
+            axes.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def curve(axes, log, column, **labels):
@@ -64,10 +84,8 @@ def embedding(run, folder=None, most=2000):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     holdout = args.get("holdout", 0)
     split = datasets.load(args["dataset"], folder or args["data"], False, holdout=holdout, device=device)
-    encoder = encoders.build(args["arch"], args["stem"])(num_classes=1)
-    checkpoint.load_encoder(encoder, checkpoint.encoder_weights(saved["state_dict"], path), path)
-    centre = augment.Centre(args["image_size"], args["mean"], args["std"])
-    features, labels = evaluate.extract(evaluate.frozen(encoder.to(device)), split, centre)
+    network, centre, _ = inference.load(path)
+    features, labels = evaluate.extract(evaluate.frozen(network.to(device)), split, centre)
     if len(features) > most:
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
         features, labels = features[chosen], labels[chosen]

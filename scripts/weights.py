@@ -81,7 +81,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
         raise RunError(f"other accuracies than on file: {', '.join(wrong)}")
 
 
-def accuracy(path: Path, images: datasets.Split, device: torch.device) -> list[float]:
+def accuracy(path: Path, images: datasets.Split, device: torch.device) -> tuple[float, float]:
     """Top-1 and top-5 in percent of a file's encoder and classifier, in float32."""
     saved = checkpoint.load(path)
     checkpoint.compare_classes(saved, images.classes, path)
@@ -90,4 +90,4 @@ def accuracy(path: Path, images: datasets.Split, device: torch.device) -> list[f
     checkpoint.load_encoder(encoder, checkpoint.encoder_weights(saved["state_dict"], path), path, classifier=True)
     centre = augment.Centre(options["image_size"], options["mean"], options["std"], options["centre_crop"])
     network = evaluate.frozen(encoder, keep_fc=True).to(device)
-    return evaluate.accuracy(network, images, centre, 500, device)
+    return evaluate.accuracy(network, images, centre, 500, device)[:2]

@@ -1,0 +1,40 @@
+"""From a checkpoint to a network that can be used: its weights, its preprocessing, its classes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moco import augment, checkpoint, datasets, encoders
+
+
+def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]:
+    """The network in a checkpoint, in eval mode on the CPU; the view of an image that it takes; its classes.
+
+    `fc` is the classifier of a linear evaluation or of cross entropy, else the identity (and there are no classes).
+    """
+    saved = checkpoint.load(path)
+    weights = checkpoint.encoder_weights(saved["state_dict"], path)
+    known = checkpoint.described(saved, weights)
+    options = saved["options"]
+    classifier = "fc.weight" in weights and ("best" in saved or options.get("objective") == "CrossEntropy")
+    network = encoders.build(known["arch"], known["stem"])(num_classes=len(weights["fc.weight"]) if classifier else 1)
+    checkpoint.load_encoder(network, weights, path, classifier=classifier)
+    classes = None
+    if classifier:
+        classes = options.get("classes") or [str(label) for label in range(len(weights["fc.weight"]))]
+    else:
+        network.fc = nn.Identity()
+    mean, std = datasets.IMAGENET if known["stem"] == "imagenet" else datasets.CIFAR10  # of one that does not say
+    # Cross entropy evaluates images as they are; kNN, where there is no evaluation yet, crops.
+    crop = options.get("centre_crop", options.get("objective") != "CrossEntropy")
+    centre = augment.Centre(known["image_size"], known["mean"] or mean, known["std"] or std, crop)
+    return network.eval(), centre, classes
+
+
+def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:
+    """(3, size, size) float32 of a PIL image of any size and mode."""
+    pixels = torch.from_numpy(np.array(datasets.rgb(image))).permute(2, 0, 1)
+    return centre(pixels[None])[0]

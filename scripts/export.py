@@ -1,0 +1,135 @@
+"""Writes a checkpoint's encoder in a format that other programs read, and runs it there.
+
+    python scripts/export.py CHECKPOINT encoder.pth            # state dict with torchvision's names
+    python scripts/export.py CHECKPOINT encoder.safetensors    # likewise; timm reads it, too
+    python scripts/export.py CHECKPOINT encoder.onnx           # input `images`, outputs `features` and, if any, `logits`
+
+The input is an image as `moco.load_encoder`'s `preprocess` makes it. `fc` is there if the checkpoint has a classifier.
+.safetensors and .onnx need more packages: pip install -e ".[export]".
+"""
+
+import argparse
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moco import inference, launch, options
+from moco.errors import RunError, UsageError
+
+NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
+
+
+class FeaturesAndLogits(nn.Module):
+    """(N, 3, H, W) -> features (N, width) and, with a classifier, logits (N, classes)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.classifier, network.fc = network.fc, nn.Identity()
+        self.encoder = network
+
+    def forward(self, images: torch.Tensor):
+        features = self.encoder(images)
+        return features if isinstance(self.classifier, nn.Identity) else (features, self.classifier(features))
+
+
+def main():
+    first, _, rest = __doc__.partition("\n")
+    parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("out", type=Path, metavar="OUT", help=f"its suffix says the format: {', '.join(NEEDS)}")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
+    args = parser.parse_args()
+    try:
+        check(args.out, args.force)
+        network, centre, classes = inference.load(args.checkpoint)
+        images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
+        tmp = args.out.with_name(f".{os.getpid()}{args.out.suffix}")
+        try:
+            worst = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix](
+                network, images, tmp
+            )
+            os.replace(tmp, args.out)
+        except OSError as error:
+            raise RunError(f"'{args.out}' cannot be written: {error.strerror}") from None
+        finally:
+            tmp.unlink(missing_ok=True)
+        what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
+        print(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
+    except (UsageError, RunError) as error:
+        launch.complain(error)
+
+
+def check(out: Path, force: bool) -> None:
+    if out.suffix not in NEEDS:
+        raise UsageError(f"unknown suffix of '{out}': it is one of {', '.join(NEEDS)}")
+    for name in NEEDS[out.suffix]:
+        try:
+            __import__(name)
+        except ImportError:
+            raise UsageError(f'{out.suffix} needs {name}: pip install -e ".[export]"') from None
+    if out.exists() and not force:
+        raise UsageError(f"'{out}' exists: choose another name, or add --force")
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder '{out.parent}' for '{out.name}'")
+
+
+def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:
+    torch.save(network.state_dict(), path)
+    return compared(network, images, torch.load(path, weights_only=True))
+
+
+def to_safetensors(network: nn.Module, images: torch.Tensor, path: Path) -> float:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    return compared(network, images, load_file(path))
+
+
+@torch.no_grad()
+def compared(network: nn.Module, images: torch.Tensor, state: dict) -> float:
+    """The largest relative difference between a network and one that has its weights from a file."""
+    other = copy.deepcopy(network)
+    for parameter in other.parameters():
+        parameter.zero_()
+    other.load_state_dict(state)
+    return difference(network(images), other(images))
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+def to_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
+    import onnxruntime
+
+    network = FeaturesAndLogits(network).eval()
+    names = ["features"] if isinstance(network.classifier, nn.Identity) else ["features", "logits"]
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            network,
+            (images,),
+            str(path),
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            ours = network(batch)
+        theirs = session.run(names, {"images": batch.numpy()})
+        for one, other in zip(ours if len(names) > 1 else [ours], theirs, strict=True):
+            worst = max(worst, difference(one, torch.from_numpy(other)))
+    return worst
+
+
+if __name__ == "__main__":
+    main()

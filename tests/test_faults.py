@@ -61,7 +61,7 @@ def test_killed_at_random_instants(tmp_path):
         while begins and not begins.startswith(("MoCoIn", "Epoch")):
             begins = run.stdout.readline()
         if killed < KILLS:
-            time.sleep(rng.uniform(0, seconds / max(KILLS / 2, 1)))
+            time.sleep(rng.uniform(0, seconds / max(KILLS / 2, 3)))  # short enough that the kills come before its end
         else:
             run.wait(timeout=300)
         run.kill()

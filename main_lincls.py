@@ -42,7 +42,7 @@ def evaluate_linear(args, device):
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False)
     if args.resume:
-        checkpoint.compare_classes(saved, validation.classes, source)
+        checkpoint.compare_classes(saved["options"].get("classes"), validation.classes, source)
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))
     checkpoint.load_encoder(encoder, weights, source, classifier=args.resume is not None)
     encoder.to(device, memory_format=torch.channels_last)

@@ -229,10 +229,9 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
     return str(path) if finders else None
 
 
-def compare_classes(saved: dict, classes: list[str], path: str | Path) -> None:
-    """UsageError: the checkpoint was trained on other classes."""
-    there = saved["options"].get("classes", classes)
-    if there != classes:
+def compare_classes(there: list[str] | None, classes: list[str], path: str | Path) -> None:
+    """UsageError: the checkpoint was trained on other classes than `classes`; `there` None: it does not say."""
+    if there not in (None, classes):
         other = [f"'{name}'" for name in [*there, *classes] if name not in there or name not in classes]
         which = f" ({', '.join(other[:5])})" if other else ", in another order"
         raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
@@ -240,7 +239,7 @@ def compare_classes(saved: dict, classes: list[str], path: str | Path) -> None:
 
 def compare_data(saved: dict, images: int, classes: list[str], path: str) -> None:
     """As `compare_options`, of what is known when the images are: their number and their classes."""
-    compare_classes(saved, classes, path)
+    compare_classes(saved["options"].get("classes"), classes, path)
     there = saved["options"].get("images", images)
     if there != images and saved.get("step"):
         raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {images}")

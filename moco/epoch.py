@@ -60,7 +60,7 @@ class Record:
     """
 
     def __init__(self, steps: int, device: torch.device):
-        self.device, self.shown = device, 0
+        self.shown = 0
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
         self.seconds = self.cpu_seconds = 0.0
 

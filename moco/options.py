@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -253,6 +254,14 @@ def data_options(add):
     add("--precision", choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
+
+
+def check_output(path: Path, force: bool) -> None:
+    """UsageError: a program's output exists, or its folder does not."""
+    if path.exists() and not force:
+        raise UsageError(f"'{path}' exists: choose another name, or add --force")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder '{path.parent}' for '{path.name}'")
 
 
 def launching(args: Namespace) -> dict:

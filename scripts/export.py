@@ -71,10 +71,7 @@ def check(out: Path, force: bool) -> None:
             __import__(name)
         except ImportError:
             raise UsageError(f'{out.suffix} needs {name}: pip install -e ".[export]"') from None
-    if out.exists() and not force:
-        raise UsageError(f"'{out}' exists: choose another name, or add --force")
-    if not out.parent.is_dir():
-        raise UsageError(f"there is no folder '{out.parent}' for '{out.name}'")
+    options.check_output(out, force)
 
 
 def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-import moco
 from moco import datasets, inference, launch, options
 from moco.batches import Centres
 from moco.errors import RunError, UsageError
+from moco.losses import UNLABELLED
 
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
@@ -42,7 +43,8 @@ def main():
     args = parser.parse_args()
     try:
         for path in (args.out, args.picture):
-            check_output(path, args.force)
+            if path:
+                options.check_output(path, args.force)
         if args.neighbours and not args.picture:
             raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
         split, paths = images(args)
@@ -51,31 +53,17 @@ def main():
         launch.complain(error)
 
 
-def check_output(path: Path | None, force: bool) -> None:
-    if path is None:
-        return
-    if path.exists() and not force:
-        raise UsageError(f"'{path}' exists: choose another name, or add --force")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder '{path.parent}' for '{path.name}'")
-
-
 def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
-    known = args.dataset != "auto" or args.data is None or datasets.candidates(args.data)
-    empty = args.data is not None and Path(args.data).is_dir() and not os.listdir(args.data)
-    if known and not empty:
-        name = datasets.resolve(args.dataset, args.data)
-        split = datasets.load(name, args.data, args.split == "train", in_memory=False)
-    else:
-        if not Path(args.data).is_dir():
-            raise UsageError(
-                f"data folder '{args.data}' {'is not a folder' if Path(args.data).exists() else 'does not exist'}"
-            )
+    there = args.dataset == "auto" and args.data is not None and Path(args.data).is_dir()
+    if there and not (os.listdir(args.data) and datasets.candidates(args.data)):  # no data set: a folder of images
         found = sorted(datasets.images_below(args.data))
         if not found:
             raise UsageError(f"'{args.data}' holds no image")
-        split = datasets.Split(torch.full((len(found),), -1), [], paths=found)
+        split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
+    else:
+        name = datasets.resolve(args.dataset, args.data)
+        split = datasets.load(name, args.data, args.split == "train", in_memory=False)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]
     return split, [os.path.relpath(path, args.data) for path in split.paths]
@@ -83,8 +71,9 @@ def images(args) -> tuple[datasets.Split, list[str]]:
 
 def extract(args, split: datasets.Split, paths: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, _ = moco.load_encoder(args.checkpoint, device)
-    _, centre, _ = inference.load(args.checkpoint)
+    encoder, centre, _ = inference.load(args.checkpoint)
+    encoder.fc = nn.Identity()
+    encoder.to(device)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         features, done = None, 0
         with torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:

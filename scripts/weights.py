@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import results
-from moco import augment, checkpoint, datasets, encoders, evaluate
+from moco import checkpoint, datasets, evaluate, inference
 from moco.errors import RunError, UsageError
 from moco.logs import say
 
@@ -83,11 +83,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
 
 def accuracy(path: Path, images: datasets.Split, device: torch.device) -> tuple[float, float]:
     """Top-1 and top-5 in percent of a file's encoder and classifier, in float32."""
-    saved = checkpoint.load(path)
-    checkpoint.compare_classes(saved, images.classes, path)
-    options = saved["options"]
-    encoder = encoders.build(saved["arch"], options["stem"])(num_classes=len(images.classes))
-    checkpoint.load_encoder(encoder, checkpoint.encoder_weights(saved["state_dict"], path), path, classifier=True)
-    centre = augment.Centre(options["image_size"], options["mean"], options["std"], options["centre_crop"])
-    network = evaluate.frozen(encoder, keep_fc=True).to(device)
+    network, centre, classes = inference.load(path)
+    checkpoint.compare_classes(classes, images.classes, path)
+    network = evaluate.frozen(network, keep_fc=True).to(device)
     return evaluate.accuracy(network, images, centre, 500, device)[:2]

@@ -172,6 +172,9 @@ def read(path: Path) -> object:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch.load does not look at the checksums
                     raise RunError(f"checkpoint '{path}' is damaged: the checksum of {damaged} is wrong")
+                for entry in archive.infolist():
+                    if entry.external_attr & 0x10:  # torch.load would leave a tensor uninitialised, without a word
+                        raise RunError(f"checkpoint '{path}' is damaged: {entry.filename} is marked as a folder")
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
             return torch.load(path, map_location="cpu", weights_only=True)
     except RunError:

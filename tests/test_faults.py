@@ -203,6 +203,17 @@ def whole(tmp_path_factory):
     return path
 
 
+def test_a_tensor_marked_as_a_folder(whole):
+    """A bit that no checksum covers, for which torch.load returns uninitialised memory."""
+    content = bytearray(whole.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))
+    content[entry + 38] |= 0x10  # its external attributes
+    folder = whole.with_name("folder.pth.tar")
+    folder.write_bytes(content)
+    with pytest.raises(RunError, match=r"folder\.pth\.tar' is damaged: archive/data/0"):
+        checkpoint.load(folder)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_checkpoints(whole, choose):

@@ -181,7 +181,7 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     patience = socket.getdefaulttimeout()
     try:
-        for mine in (distributed.rank() == 0, distributed.rank() % distributed.processes_on_node == 0):
+        for mine in (distributed.rank() == 0, distributed.local_rank == 0):
             if mine:
                 try:
                     kind(folder, train)

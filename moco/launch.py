@@ -1,8 +1,9 @@
-"""Launching: one process, one for each GPU, or one of torchrun's; and how errors of a launch are told."""
+"""Launching: one process, one for each GPU, or one of torchrun's or srun's; and how errors of a launch are told."""
 
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,12 +17,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco import distributed
+from moco import distributed, logs
 from moco.errors import RunError, UsageError, one_line
+from moco.watch import Watch
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 GRACE = 10  # seconds that the other processes have to leave when one has failed
 ADVICE = "--resume auto goes on from the last checkpoint"
+DIST_URL = "tcp://localhost:10001"
+
+watch: Watch | None = None  # of this process, while it is in a group
+
+
+class LostError(RunError):
+    """Another process is gone."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +43,23 @@ class Process:
     on_node: int = 1  # processes of this machine
     url: str = "env://"
     backend: str | None = None  # None: nccl on GPUs, gloo on CPUs
+    gpu: int | None = None  # the number of its GPU; None: its local rank
+    node: int = 0  # the number of this machine
 
 
 def launch(worker: Callable[[torch.device], None], **options) -> None:
     """Runs `worker(device)` on every process that the command line asks for, and exits with its status.
 
-    `options`: see `plan`. An error of the user's is one line on stderr, from rank 0 alone.
+    `options`: see `plan`. An error of the user's is one line on stderr, once on each machine.
     """
-    rank = 0
+    process = None
     try:
-        process, spawning = plan(os.environ, torch.cuda.device_count(), **options)
-        rank = 0 if spawning else process.rank
+        process, spawning, note = plan(os.environ, torch.cuda.device_count(), **options)
+        if note and process.rank == 0:
+            logs.say(note)
         spawn(worker, process) if spawning else run(worker, process)
     except (UsageError, RunError) as error:
-        complain(error, rank if "RANK" in os.environ else 0)
+        complain(error, process)
 
 
 def plan(
@@ -58,29 +70,105 @@ def plan(
     gpu: int | None = None,
     world_size: int = -1,
     rank: int = -1,
-    dist_url: str = "tcp://localhost:10001",
+    dist_url: str = DIST_URL,
     dist_backend: str | None = None,
-) -> tuple[Process, bool]:
-    """What this process is, and whether it starts the processes of this machine (then: the first of them).
+) -> tuple[Process, bool, str]:
+    """What this process is; whether it starts the processes of this machine (then: the first of them); a note.
 
-    Under torchrun it is one of them. With --multiprocessing-distributed it starts one for each of the `gpus` that are
-    visible. Otherwise it is the only one of this machine: on GPU --gpu, the first GPU, or the CPU. `world_size`
-    and `rank` count machines, as in MoCo.
+    The first of these that applies decides:
+
+    1. torchrun (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`): this process is one of them.
+    2. An srun step of several tasks: likewise, one task for each GPU. (A batch script's own shell is no such step.)
+       With --multiprocessing-distributed and one task on each machine, the tasks count machines.
+    3. `RANK` and `WORLD_SIZE` alone (Kubernetes' PyTorchJob): they count machines, as below.
+    4. The options, as in MoCo: `world_size` and `rank` count machines. With --multiprocessing-distributed a machine
+       starts one process for each of the `gpus` that are visible, otherwise it is one: on GPU --gpu, the first GPU,
+       or the CPU.
+
+    The note names the options that the environment overrides. Raises UsageError or RunError where the environment or
+    the options are impossible.
     """
     if gpu is not None and not gpus:
         raise UsageError(f"--gpu {gpu}: this machine shows no GPU")
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        ranks = (int(environment[name]) for name in ("RANK", "WORLD_SIZE"))
-        local = (int(environment.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        return Process(*ranks, *local, backend=dist_backend), False
+    given = {
+        "--multiprocessing-distributed": multiprocessing_distributed,
+        "--world-size": world_size != -1,
+        "--rank": rank != -1,
+        "--gpu": gpu is not None,
+        "--dist-url": dist_url != DIST_URL,
+    }
+
+    def overridden(by, *names):
+        names = [name for name in names if given[name]]
+        return f"note: {by} decides which processes there are: {', '.join(names)} ignored" if names else ""
+
+    many = multiprocessing_distributed
+    if all(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        ranks = [whole(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        ranks.append(whole(environment, "LOCAL_WORLD_SIZE", 1))
+        node = whole(environment, "GROUP_RANK", ranks[0] // ranks[3])
+        return Process(*ranks, backend=dist_backend, node=node), False, overridden("torchrun", *given)
+    if whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:
+        rank, world_size = whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_STEP_NUM_TASKS")
+        on_node, node = tasks_here(environment), whole(environment, "SLURM_NODEID", 0)
+        url = dist_url if given["--dist-url"] else meeting_point(environment)
+        if not (many and on_node == 1 and gpu is None):
+            if rank == 0:
+                check_port(url)
+            local = whole(environment, "SLURM_LOCALID", 0)
+            own = 0 if gpus == 1 else None  # with --gpus-per-task=1 each task sees its own GPU, numbered 0
+            process = Process(rank, world_size, local, on_node, url, dist_backend, own, node)
+            return process, False, overridden("srun", *list(given)[:4])
+        dist_url, note = url, overridden("srun", "--world-size", "--rank")
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, world_size = whole(environment, "RANK"), whole(environment, "WORLD_SIZE")
+        many, note = True, ["--world-size", "--rank"]
+        if "MASTER_ADDR" in environment:
+            dist_url, note = meeting_point(environment), [*note, "--dist-url"]
+        note = overridden("the environment (RANK and WORLD_SIZE, which count nodes)", *note)
+    else:
+        note = ""
     nodes, node = (world_size, rank) if world_size >= 1 else (1, 0)
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {rank} is not one of the {nodes} nodes: it is 0 to {nodes - 1}")
-    on_node = max(gpus, 1) if multiprocessing_distributed and gpu is None else 1
+    on_node = max(gpus, 1) if many and gpu is None else 1
     if nodes * on_node > 1 and node == 0:
         check_port(dist_url)
-    first = Process(node * on_node, nodes * on_node, gpu or 0, on_node, dist_url, dist_backend)
-    return first, on_node > 1
+    first = Process(node * on_node, nodes * on_node, 0, on_node, dist_url, dist_backend, gpu, node)
+    return first, on_node > 1, note
+
+
+def whole(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A whole number of the environment; UsageError if it is none."""
+    text = environment.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise UsageError(f"the environment variable {name} is '{text}', not a whole number") from None
+
+
+def tasks_here(environment: Mapping[str, str]) -> int:
+    """The tasks of this srun step on this node; SLURM writes those of all nodes as "4(x2),3"."""
+    tasks = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            tasks += [int(match[1])] * int(match[2] or 1)
+    node = whole(environment, "SLURM_NODEID", 0)
+    return tasks[node] if node < len(tasks) else 1
+
+
+def meeting_point(environment: Mapping[str, str]) -> str:
+    """Where the processes meet: MASTER_ADDR and MASTER_PORT, or else the first node of an srun step, and a port that
+    depends on the job and the step."""
+    host = environment.get("MASTER_ADDR")
+    if not host:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "localhost"
+        host = re.match(r"[^,\[]*", nodes)[0]  # of "gpu[07-09,12],cpu1" the first is gpu07
+        if nodes[len(host) :].startswith("["):
+            prefix, numbers, suffix = re.match(r"([^\[]*)\[(\w+)[^\]]*\]([^,\[]*)", nodes).groups()
+            host = prefix + numbers + suffix
+    step = whole(environment, "SLURM_JOB_ID", 0) + whole(environment, "SLURM_STEP_ID", 0)
+    return f"tcp://{host}:{whole(environment, 'MASTER_PORT', 10001 + step % 10000)}"
 
 
 def check_port(url: str) -> None:
@@ -102,22 +190,41 @@ def check_port(url: str) -> None:
             raise RunError(f"port {port} is in use: name another one with --dist-url") from None
 
 
-def complain(error: UsageError | RunError, rank: int = 0) -> None:
-    """One line on stderr and the error's exit status.
+def complain(error: UsageError | RunError, process: Process | None = None) -> None:
+    """One line on stderr, with rank and host where there are several processes, and the error's exit status.
 
-    Rank 0 prints an error that all ranks share; the others wait for it, since whoever starts them ends all with the
-    first that fails. `error.alone` marks what only one process has met.
+    Each machine prints one: of its processes the first that comes here. The others wait for it, since whoever starts
+    them ends all with the first that fails. Without a group, or when rank 0 is gone, the first process of a machine
+    prints it; `error.alone` marks what only one process has met.
     """
-    if rank == 0 or getattr(error, "alone", False):
-        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(error)}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
+    several = process is not None and process.world_size > 1
+    said = first = None
+    if watch is not None:
+        watch.stop()
+        if isinstance(error, LostError):
+            if process.on_node > 1:  # whoever started it may know more, and ends it
+                time.sleep(GRACE + 2)
+            said = watch.failure()
+        else:
+            watch.tell(f"{one_line(error)} ({place(process)})")
+        first = watch.first_of_node()
+    if first is None:
+        first = not several or process.local_rank == 0 or getattr(error, "alone", False)
+    if first:
+        text = one_line(error) + (f" ({place(process)})" if several else "") + (f": {said}" if said else "")
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    if several:
+        time.sleep(3)  # for the others: to print theirs, to read ours
     if dist.is_initialized():
         # A group whose processes go one by one can hang or abort while the interpreter is taken down.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(error.status)
     sys.exit(error.status)
+
+
+def place(process: Process) -> str:
+    return f"rank {process.rank} on {socket.gethostname()}"
 
 
 def spawn(worker: Callable[[torch.device], None], first: Process) -> None:
@@ -137,7 +244,9 @@ def spawn(worker: Callable[[torch.device], None], first: Process) -> None:
     except mp.ProcessExitedException as error:
         if error.signal_name is None:  # the process that failed has said why
             sys.exit(error.exit_code)
-        complain(RunError(f"process {error.error_index} of {first.on_node} was ended by {error.signal_name}; {ADVICE}"))
+        dead = replace(first, rank=first.rank + error.error_index, local_rank=0)
+        text = f"process {error.error_index} of {first.on_node} was ended by {error.signal_name}; {ADVICE}"
+        complain(RunError(text), dead)
 
 
 def spawned(local_rank: int, worker: Callable[[torch.device], None], first: Process) -> None:
@@ -146,13 +255,13 @@ def spawned(local_rank: int, worker: Callable[[torch.device], None], first: Proc
     try:
         run(worker, process)
     except (UsageError, RunError) as error:
-        complain(error, process.rank)
+        complain(error, process)
 
 
 def run(worker: Callable[[torch.device], None], process: Process) -> None:
     """Joins the process group, if there is more than one process, and calls the worker on this process's device."""
     device = choose_device(process)
-    distributed.processes_on_node = process.on_node
+    distributed.processes_on_node, distributed.local_rank = process.on_node, process.local_rank
     if process.world_size > 1:
         join_group(process, device)
     try:
@@ -171,9 +280,11 @@ def choose_device(process: Process) -> torch.device:
     gpus = torch.cuda.device_count()
     if not gpus:
         return torch.device("cpu")
-    if process.on_node > gpus or process.local_rank >= gpus:
-        raise UsageError(f"process {process.local_rank} of {process.on_node} has no GPU: this machine shows {gpus}")
-    device = torch.device("cuda", process.local_rank)
+    number = process.local_rank if process.gpu is None else process.gpu
+    if number >= gpus or (process.gpu is None and process.on_node > gpus):
+        which = f"process {number} of {process.on_node} has no GPU" if process.gpu is None else f"no GPU {number}"
+        raise UsageError(f"{which}: this machine shows {gpus}")
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     # TF32 for convolutions, where float32 is asked for; similarities and views are products in float32 itself.
@@ -189,13 +300,38 @@ def join_group(process: Process, device: torch.device) -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise RunError(
             f"the {process.world_size} processes could not meet at {process.url} within "
-            f"{PATIENCE.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]}",
-            alone=True,
+            f"{PATIENCE.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]}"
         ) from None
+    start_watch(process)
+
+
+def start_watch(process: Process) -> None:
+    """Of the other processes: over a connection of its own to where they have met."""
+    global watch
+    place_of_store = urlparse(process.url)
+    host, port = place_of_store.hostname, place_of_store.port
+    if place_of_store.scheme == "env":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if host is None or port is None:  # file://
+        return
+
+    def lost(text):
+        error = LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
+        if watch.first_of_node() or (watch.broken and process.local_rank == 0):
+            line = f"{one_line(error)} ({place(process)}): {text}"
+            print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+        os._exit(error.status)
+
+    watch = Watch(host, port, process.rank, process.world_size, process.node, lost)
 
 
 def leave_group() -> None:
+    global watch
     if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps what the others watch
+        if watch is not None:
+            watch.stop()
+            watch = None
         dist.destroy_process_group()
 
 
@@ -204,5 +340,5 @@ def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return RunError(f"out of memory: a smaller -b or --moco-k may fit ({str(error).splitlines()[0]})", alone=True)
     if distributed.lost_connection(error):
-        return RunError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
+        return LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
     return error

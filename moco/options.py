@@ -201,7 +201,7 @@ def training_options(add, epochs, lr, weight_decay, schedule):
     add("-j", "--workers", type=count, default=8, metavar="N", help=text)
     add("--epochs", type=positive_int, default=epochs, metavar="N", help="total epochs (default: %(default)s)")
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
-    text = "over all processes (default: %(default)s)"
+    text = "over all processes of all machines (default: %(default)s)"
     add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help=text)
     add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
     text = "epochs at which lr falls to a tenth (default: %(default)s)"
@@ -217,7 +217,7 @@ def training_options(add, epochs, lr, weight_decay, schedule):
 
 
 def process_options(add):
-    text = "one process for each visible GPU (torchrun works too)"
+    text = "one process for each visible GPU (torchrun and srun work too, and override this, --world-size and --rank)"
     add("--multiprocessing-distributed", action="store_true", help=text)
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
     add("--world-size", type=int, default=-1, metavar="N", help="machines (default: one)")
@@ -314,6 +314,11 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     args = Namespace(**vars(args))
     if args.batch_size % distributed.world_size():
         raise UsageError(f"-b {args.batch_size} cannot be shared equally by {distributed.world_size()} processes")
+    if (nodes := -(-distributed.world_size() // distributed.processes_on_node)) > 1:
+        logs.say(
+            f"note: -b {args.batch_size} is the global batch, of all {nodes} nodes together; MoCo's -b counts per node "
+            f"(its -b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} here)"
+        )
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
     args.mean, args.std = list(args.mean or mean), list(args.std or std)

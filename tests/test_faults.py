@@ -168,6 +168,7 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     assert other.returncode == 1 and "Traceback" not in out, out
     said = [line for line in out.splitlines() if "error: " in line]
     assert len(said) == 1 and "another of the 2 processes" in said[0], out
+    assert f"(rank {1 - victim} on {socket.gethostname()})" in said[0] and "[c10d]" not in out, out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Each process shows the others that it lives, and learns when one of them has failed: a collective of NCCL would not.
+
+All of it goes through the store where the processes have met, in a few bytes a second.
+"""
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+EVERY = 2  # seconds between two signs of life
+LOST = 30  # seconds without one after which a process counts as dead
+GRACE = 10  # seconds in which the training thread may notice itself, before this one ends the process
+GONE = (ConnectionError, RuntimeError)  # how the store fails when rank 0 is gone
+
+
+class Watch:
+    """A thread that watches the next rank, and what any rank has told; a failure reaches all.
+
+    Args:
+        host, port: of the store. node: this machine's number.
+        lost: called in the thread with what has happened, when the training thread has not noticed by itself.
+    """
+
+    def __init__(self, host: str, port: int, rank: int, world_size: int, node: int, lost: Callable[[str], None]):
+        # The group's own connection would be taken while a collective waits for it.
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
+        self.store = dist.PrefixStore(f"moco/watch/{attempt}", store)
+        # Ends with the store: asking one that is gone prints pages of C++ warnings.
+        self.line = socket.create_connection((host, port), 10)
+        self.rank, self.next, self.node, self.lost = rank, (rank + 1) % world_size, node, lost
+        self.place = f"rank {rank} on {socket.gethostname()}"
+        self.stopped = threading.Event()
+        self.broken = False  # the store is gone
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def look(self) -> None:
+        sign, silent = None, 0
+        for beat in itertools.count():
+            try:
+                self.check()
+                self.store.set(f"alive/{self.rank}", f"{beat} {self.place}")
+                before, sign = sign, self.read(f"alive/{self.next}")
+                # Counted, not timed: this process may have been suspended itself.
+                silent = silent + EVERY if sign == before else 0
+                if silent >= LOST:
+                    who = sign.partition(" ")[2] if sign else f"rank {self.next}"
+                    self.store.set("failed", f"{who} has given no sign of life for {LOST} seconds")
+                failure = self.read("failed")
+            except GONE:
+                self.broken, failure = True, "rank 0 cannot be reached"
+            if failure:
+                if not self.stopped.wait(GRACE):
+                    self.lost(failure)
+                return
+            if self.stopped.wait(EVERY):
+                return
+
+    def check(self) -> None:
+        """ConnectionError, if the store is gone."""
+        if self.broken or select.select([self.line], [], [], 0)[0]:
+            self.broken = True
+            raise ConnectionError
+
+    def read(self, name: str) -> str | None:
+        self.check()
+        return self.store.get(name).decode() if self.store.check([name]) else None
+
+    def tell(self, text: str) -> None:
+        """The other processes why this one fails; the first failure counts."""
+        with contextlib.suppress(*GONE):
+            self.check()
+            self.store.compare_set("failed", "", text)
+
+    def failure(self) -> str | None:
+        """What a process has told."""
+        with contextlib.suppress(*GONE):
+            return self.read("failed")
+        return None
+
+    def first_of_node(self) -> bool | None:
+        """Is this the first process of its machine to ask? None: rank 0 is gone, who would know."""
+        with contextlib.suppress(*GONE):
+            self.check()
+            return self.store.add(f"failed/{self.node}", 1) == 1
+        self.broken = True
+        return None
+
+    def stop(self) -> None:
+        self.stopped.set()

@@ -14,7 +14,7 @@ gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 SYNC_BUFFERS = "forward_sync_buffers" if newer else "broadcast_buffers"
 
-processes_on_node, local_rank = 1, 0  # set by moco.launch
+nodes, processes_on_node, local_rank = 1, 1, 0  # set by moco.launch
 
 
 def rank() -> int:

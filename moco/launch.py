@@ -262,6 +262,7 @@ def run(worker: Callable[[torch.device], None], process: Process) -> None:
     """Joins the process group, if there is more than one process, and calls the worker on this process's device."""
     device = choose_device(process)
     distributed.processes_on_node, distributed.local_rank = process.on_node, process.local_rank
+    distributed.nodes = -(-process.world_size // process.on_node)
     if process.world_size > 1:
         join_group(process, device)
     try:

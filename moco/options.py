@@ -314,7 +314,7 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     args = Namespace(**vars(args))
     if args.batch_size % distributed.world_size():
         raise UsageError(f"-b {args.batch_size} cannot be shared equally by {distributed.world_size()} processes")
-    if (nodes := -(-distributed.world_size() // distributed.processes_on_node)) > 1:
+    if (nodes := distributed.nodes) > 1:
         logs.say(
             f"note: -b {args.batch_size} is the global batch, of all {nodes} nodes together; MoCo's -b counts per node "
             f"(its -b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} here)"

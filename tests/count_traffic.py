@@ -1,31 +1,80 @@
-"""Prints what every gather of a short run carries: OUT. Used by test_runs."""
+"""Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_launch.
+
+A line each: what (gather, reduce, broadcast, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
+and how many gradients are still to be computed.
+"""
 
 import sys
 
 import torch
 import torch.distributed as dist
+from conftest import TINY
 
-from conftest import TINY_MOCO
-from moco import builder, distributed, options, pretrain
+from moco import baselines, builder, distributed, options, pretrain
 
 dist.init_process_group("gloo")
-gather = distributed.gather_into
+step, missing = 0, 0
+all_reduce = dist.all_reduce
 
 
-def counted(out, x):
+def note(what, x):
     if distributed.rank() == 0:
-        print("gathered", x.numel(), flush=True)
-    gather(out, x)
+        print("sent", what, x.numel() * x.element_size(), step, missing, flush=True)
+
+
+def counted(what, call, argument=0):
+    def wrapped(*args, **kwargs):
+        note(what, args[argument])
+        return call(*args, **kwargs)
+
+    return wrapped
 
 
 def forbidden(*args, **kwargs):
     raise AssertionError("another way in which tensors cross processes")
 
 
-distributed.gather_into = counted
-for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all", "scatter", "gather"):
+def parallel(model, device):
+    network = wrap(model, device)
+
+    def hook(state, bucket):
+        note("bucket", bucket.buffer())
+        mean = bucket.buffer().div_(distributed.world_size())
+        return all_reduce(mean, async_op=True).get_future().then(lambda future: future.value()[0])
+
+    network.register_comm_hook(None, hook)
+    network.register_forward_pre_hook(count_step)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(count_gradient)
+    return network
+
+
+def count_step(network, images):
+    global step, missing
+    step, missing = step + 1, sum(parameter.requires_grad for parameter in network.parameters())
+
+
+def count_gradient(parameter):
+    global missing
+    missing -= 1
+
+
+distributed.gather_into = counted("gather", distributed.gather_into, 1)
+dist.all_reduce = counted("reduce", all_reduce)
+dist.broadcast = counted("broadcast", dist.broadcast)
+for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all", "all_to_all_single", "scatter"):
     setattr(dist, name, forbidden)
-words = [*TINY_MOCO.split(), "--epochs", "1", "--output-dir", sys.argv[1]]
-args = options.pretrain_parser("", options.MOCO).parse_args(words)
-pretrain.train(builder.MoCoOut, options.MOCO, args, torch.device("cpu"))
+for name in ("gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "send", "recv", "isend", "irecv"):
+    setattr(dist, name, forbidden)
+wrap, distributed.parallel = distributed.parallel, parallel
+
+out, method_name = sys.argv[1:3]
+model_class = getattr(builder, method_name, None) or getattr(baselines, method_name)
+method = options.MOCO if issubclass(model_class, builder.MoCo) else options.SUPCON
+words = [*TINY.split(), "-p", "2", "--epochs", "1", "--warm-up", "1", "--output-dir", out, *sys.argv[3:]]
+if method is options.MOCO:
+    words += ["--moco-k", "80", "--moco-dim", "16", "--mlp"]
+args = options.pretrain_parser("", method).parse_args(words)
+pretrain.train(model_class, method, args, torch.device("cpu"))
 dist.destroy_process_group()

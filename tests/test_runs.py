@@ -275,16 +275,32 @@ def test_two_processes_are_one_with_two_splits(tmp_path):
                 assert torch.equal(value, one["state_dict"][key]), (name, key)
 
 
-def test_no_image_crosses_processes(tmp_path):
-    """What one step's collectives carry, in elements: one gather of keys with labels, and DDP's gradients."""
+@pytest.mark.parametrize(
+    "method, features, width", [("MoCoOut", 16, 16), ("SupContrast", 32, 128)], ids=["queue", "none"]
+)
+def test_no_image_crosses_processes(method, features, width, tmp_path):
+    """A step's collectives: one gather of keys (features) with labels, and DDP's gradients, overlapped with the
+    backward pass; every --print-freq steps one more, of the losses."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += [str(ROOT / "tests" / "count_traffic.py"), str(tmp_path)]
+    words += [str(ROOT / "tests" / "count_traffic.py"), str(tmp_path), method]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    gathered = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("gathered")]
-    assert gathered == [16 * (16 + 2)] * 5  # five steps: 16 rows of a process, 16 floats and an int64 label
+    sent = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("sent")]
+    sent = [(what, int(size), int(step), int(missing)) for what, size, step, missing in sent]
+    saved = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    gradients = 4 * sum(s["momentum_buffer"].numel() for s in saved["optimizer"]["state"].values())
+    for step in (1, 2, 3, 4):  # of five: after the last one comes what ends an epoch
+        gather, *buckets = [each for each in sent if each[2] == step]
+        losses = [buckets.pop()] if step % 2 == 0 else []
+        assert gather[:2] == ("gather", features * (4 * width + 8))  # the features and an int64 label of each row
+        assert {what for what, *_ in buckets} == {"bucket"} and sum(size for _, size, *_ in buckets) == gradients
+        assert [each[:2] for each in losses] == [("reduce", 4 * 3)] * len(losses)  # of two steps, and who is to stop
+        if step > 1:  # from the second step on the buckets are in the order of the gradients
+            assert len(buckets) > 1 and buckets[0][3] > 0
+    *_, last = [each for each in sent if each[2] == 5]
+    assert "broadcast" not in {what for what, *_ in sent} and last[0] == "reduce"
 
 
 def test_schedule_at_each_boundary():

@@ -163,8 +163,18 @@ def load(
     if train and labels_per_class is not None:
         split = split.with_labels(labels_per_class)
     if in_memory and split.images is not None:
-        split.images = split.images.to(device)
+        if split.paths is not None and not fits(split.images.nbytes, torch.device(device)):
+            split.images = None  # they stay in their files
+        else:
+            split.images = split.images.to(device)
     return split
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Do so many bytes take at most half of the device's free memory, on every process?"""
+    if device.type != "cuda":
+        return True
+    return distributed.total(size > torch.cuda.mem_get_info(device)[0] // 2, device) == 0
 
 
 def digits(train: bool) -> Split:

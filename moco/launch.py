@@ -339,7 +339,10 @@ def leave_group() -> None:
 def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
     """The error as the user is told it, or itself if it is a defect of the program."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return RunError(f"out of memory: a smaller -b or --moco-k may fit ({str(error).splitlines()[0]})", alone=True)
+        advice = "a smaller -b or --moco-k may fit"
+        if isinstance(error, torch.OutOfMemoryError):
+            advice += ", or --views pil, which leaves the images of the data set off the GPU"
+        return RunError(f"out of memory: {advice} ({str(error).splitlines()[0]})", alone=True)
     if distributed.lost_connection(error):
         return LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
     return error

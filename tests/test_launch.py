@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MOCO
 from test_bad_input import SHORT
-from test_faults import free_port, start
+from test_faults import free_port, start, until
 
-from moco import encoders, launch
+from moco import datasets, distributed, encoders, launch
 from moco.errors import UsageError
 from moco.launch import plan
 
@@ -202,3 +203,77 @@ def test_fewer_images_than_chunks():
     assert torch.allclose(features, torch.cat(expected), atol=1e-6)
     means = torch.stack([one.bn1.running_mean for one in alone]).mean(0)
     assert torch.allclose(encoder.bn1.running_mean, means, atol=1e-7)
+
+
+def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeypatch):
+    place = folder(train=4)
+    size = 8 * 3 * 12 * 12
+    for free, kept in ((2 * size, True), (2 * size - 2, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        monkeypatch.setattr(distributed, "total", lambda value, device: float(value))
+        assert datasets.fits(size, torch.device("cuda")) == kept and datasets.fits(size, torch.device("cpu"))
+        monkeypatch.setattr(datasets, "fits", lambda size, device, kept=kept: kept)
+        split = datasets.load("imagefolder", place, True)
+        assert (split.images is not None) == kept and len(split.paths) == 8
+        monkeypatch.undo()
+
+
+def test_the_out_of_memory_line_names_what_takes_the_memory():
+    error = launch.explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB"), launch.Process())
+    assert "-b" in str(error) and "--moco-k" in str(error) and "--views pil" in str(error)
+    error = launch.explained(RuntimeError("DefaultCPUAllocator: can't allocate memory"), launch.Process())
+    assert "-b" in str(error) and "pil" not in str(error)
+
+
+SRUN_SCRIPT = """#!/bin/bash
+# Stands in for srun: two tasks on this machine, which get its signals; its status is their highest.
+while [[ $1 == --* ]]; do shift; done
+trap 'kill -USR1 "${pids[@]}"' USR1
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    pids+=($!)
+done
+echo $$ > "$BESIDE/srun.pid"
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid"; code=$?
+    while kill -0 "$pid" 2> /dev/null; do wait "$pid"; code=$?; done
+    if ((code > status)); then status=$code; fi
+done
+exit $status
+"""
+
+
+def test_the_sbatch_file(tmp_path):
+    """SLURM's signal before the time limit: saved, queued again under the same number, gone on with."""
+    for name, text in (("srun", SRUN_SCRIPT), ("scontrol", '#!/bin/bash\necho "$@" > "$BESIDE/scontrol.called"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    step = dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="localhost")
+    job = step | dict(SLURM_JOB_ID="41", SLURM_NODEID="0", SLURM_STEP_ID="0", MASTER_PORT=str(free_port()))
+    environment = {**os.environ, **job, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "BESIDE": str(tmp_path)}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    for epochs, status in (("5000", 138), ("8", 0)):
+        words = ["bash", ROOT / "scripts/slurm.sh", ROOT / "main_moco_out.py", *TINY_MOCO.split(), "--epochs", epochs]
+        run = subprocess.Popen(
+            words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if status:
+            assert "on 2 processes" in until(run, "Epoch: [0]")
+            os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+        out = run.communicate(timeout=100)[0]
+        assert run.returncode == status and "Traceback" not in out, out
+        assert ("stopped " in out) == bool(status) and ("going on with epoch" in out) == (not status), out
+        if status:
+            assert (tmp_path / "scontrol.called").read_text() == "requeue 41\n"
+            (tmp_path / "scontrol.called").unlink()
+    assert not (tmp_path / "scontrol.called").exists()
+    assert (tmp_path / "runs/slurm-41/checkpoint_0007.pth.tar").is_file()
+
+
+def test_the_sbatch_file_asks_for_what_the_launch_needs():
+    """One task a GPU, a signal that is answered by saving, the log of every start."""
+    asks = re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", (ROOT / "scripts/slurm.sh").read_text(), re.MULTILINE)
+    asks = dict(asks)
+    assert asks["ntasks-per-node"] == asks["gpus-per-node"]
+    assert asks["signal"] == "USR1@120" and "requeue" in asks and asks["open-mode"] == "append"

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Trains under SLURM, one task a GPU, on as many nodes as it is given:
+#
+#     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.12 -b 256 ... data/
+#
+# From the folder of the repository, with the Python environment activated. Without a command it trains the README's.
+# Two minutes before the time limit the run saves its step and the job is queued again; it goes on from there, as
+# it does after preemption and after the failure of a node. See docs/clusters.md.
+#
+#SBATCH --job-name=moco
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+
+if [ $# -eq 0 ]; then
+    set -- main_moco_out.py -a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos data/
+fi
+script=$1
+shift
+
+# The job keeps its number when it is queued again, so it finds its checkpoint.
+out=runs/slurm-$SLURM_JOB_ID
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+
+srun --kill-on-bad-exit=1 "${PYTHON:-python}" "$script" --output-dir "$out" --resume auto "$@"
+status=$?
+
+if [ $status -eq 138 ]; then # SIGUSR1: saved, with work left
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -277,3 +278,18 @@ def test_the_sbatch_file_asks_for_what_the_launch_needs():
     asks = dict(asks)
     assert asks["ntasks-per-node"] == asks["gpus-per-node"]
     assert asks["signal"] == "USR1@120" and "requeue" in asks and asks["open-mode"] == "append"
+
+
+def test_losses_do_not_depend_on_how_processes_and_nodes_are_cut(tmp_path):
+    """Eight processes, four of two chunks, two nodes of four chunks and one process of eight."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests/worlds.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    losses = {(world, method): values for world, method, values in lines}
+    worlds, methods = {world for world, _ in losses}, {method for _, method in losses}
+    assert len(worlds) == 4 and len(methods) == 5 and len(losses) == 20
+    for (world, method), values in losses.items():
+        assert len(values) == 3
+        assert values == pytest.approx(losses["alone 1", method], rel=2e-4), (world, method)

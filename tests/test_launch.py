@@ -138,45 +138,45 @@ def two_nodes(words, *more_words):
     ]
 
 
-@pytest.mark.parametrize("fault", ["folder", "checkpoint", "image"])
-def test_the_second_of_two_nodes_fails(fault, folder, tmp_path):
+def test_the_second_of_two_nodes_fails(folder, tmp_path):
     """Each node says in one line, with rank and host, what has happened; all end within a minute."""
-    words = [*SHORT.split(), "--output-dir"]
-    good, other = folder("good", train=6), folder("other", train=6)
-    if fault == "folder":
-        second, says = [tmp_path / "nowhere"], "nowhere' does not exist"
-    elif fault == "checkpoint":
-        second, says = ["--resume", "nowhere.pth.tar", other], "'nowhere.pth.tar' does not exist"
-    else:
-        second, says = [other], "dog/3.png' cannot be read"
-        (other / "train/dog/3.png").write_bytes(b"GIF89a, perhaps")
+    good, other, broken = (folder(name, train=6) for name in ("good", "other", "broken"))
+    (broken / "train/dog/3.png").write_bytes(b"GIF89a, perhaps")
+    faults = {
+        "nowhere' does not exist": [tmp_path / "nowhere"],
+        "'nowhere.pth.tar' does not exist": ["--resume", "nowhere.pth.tar", other],
+        "dog/3.png' cannot be read": [broken],
+    }
     begun = time.monotonic()
-    runs = two_nodes([*words, tmp_path], [good], second)
-    outs = [run.communicate(timeout=60)[0] for run in runs]
-    assert time.monotonic() - begun < 60
-    for rank, (run, out) in enumerate(zip(runs, outs, strict=True)):
-        said = [line for line in out.splitlines() if "error: " in line]
-        assert len(said) == 1 and f"(rank {rank} on {socket.gethostname()})" in said[0], out
-        assert says in said[0] and run.returncode != 0 and "Traceback" not in out, out
-        assert rank == 1 or "another of the 2 processes" in said[0], out
-    assert "note: -b 4 is the global batch, of all 2 nodes together" in outs[0]
+    launches = {says: two_nodes([*SHORT.split(), "--output-dir", tmp_path], [good], f) for says, f in faults.items()}
+    for says, runs in launches.items():
+        outs = [run.communicate(timeout=60)[0] for run in runs]
+        assert time.monotonic() - begun < 60
+        for rank, (run, out) in enumerate(zip(runs, outs, strict=True)):
+            said = [line for line in out.splitlines() if "error: " in line]
+            assert len(said) == 1 and f"(rank {rank} on {socket.gethostname()})" in said[0], out
+            assert says in said[0] and run.returncode != 0 and "Traceback" not in out, out
+            assert rank == 1 or "another of the 2 processes" in said[0], out
+        assert "note: -b 4 is the global batch, of all 2 nodes together" in outs[0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_survivor_that_nothing_wakes_is_ended(victim):
+def test_a_survivor_that_nothing_wakes_is_ended():
     """With NCCL a process can wait for a dead one without an error of its own: here it sleeps."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = ["tests/sleeper.py", str(free_port()), str(victim)]
-    runs = [start(*words, str(rank), env=environment) for rank in (0, 1)]
-    out = runs[1 - victim].communicate(timeout=60)[0]
-    runs[victim].communicate(timeout=60)
-    says = "rank 0 cannot be reached" if victim == 0 else f"rank 1 on {socket.gethostname()} has given no sign of life"
-    assert runs[1 - victim].returncode == 1 and out.count("error: ") == out.count("\n") == 1 and says in out, out
-    assert f"(rank {1 - victim} on " in out
+    pairs = []
+    for victim in "01":
+        words = ["tests/sleeper.py", str(free_port()), victim]
+        pairs.append([start(*words, rank, env=environment) for rank in "01"])
+    for victim, runs in enumerate(pairs):
+        out = runs[1 - victim].communicate(timeout=60)[0]
+        runs[victim].communicate(timeout=60)
+        silent = f"rank 1 on {socket.gethostname()} has given no sign of life"
+        assert (silent if victim else "rank 0 cannot be reached") in out and f"(rank {1 - victim} on " in out, out
+        assert runs[1 - victim].returncode == 1 and out.count("error: ") == out.count("\n") == 1, out
 
 
 def test_each_node_prints_one_line(tmp_path):
-    """Two nodes of two processes: an error that all share, and a process that is killed."""
+    """Two nodes of two processes, and an error that all four meet."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
     launcher += ["--master-addr=localhost", f"--master-port={free_port()}"]

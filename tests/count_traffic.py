@@ -8,8 +8,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import TINY
 
+from conftest import TINY
 from moco import baselines, builder, distributed, options, pretrain
 
 dist.init_process_group("gloo")

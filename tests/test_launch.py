@@ -13,13 +13,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MOCO
-from test_bad_input import SHORT
-from test_faults import free_port, start, until
 
+from conftest import ROOT, TINY_MOCO
 from moco import datasets, distributed, encoders, launch
 from moco.errors import UsageError
 from moco.launch import plan
+from test_bad_input import SHORT
+from test_faults import free_port, start, until
 
 TORCHRUN = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", GROUP_RANK="1", MASTER_ADDR="a")
 JOB = dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_JOB_NODELIST="gpu[07-08]", SLURM_NODEID="0", SLURM_PROCID="0")

@@ -11,8 +11,8 @@ import sys
 from multiprocessing import get_context
 
 import torch.utils.tensorboard  # noqa: F401  here, not in each process
-from conftest import TINY
 
+from conftest import TINY
 from moco import baselines, builder, distributed, epoch, launch, options, pretrain
 
 WORLDS = [("torchrun", 8, 1), ("torchrun", 4, 2), ("nodes", 2, 4), ("alone", 1, 8)]

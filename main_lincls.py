@@ -56,7 +56,7 @@ def evaluate_linear(args, device):
     def validate():
         """Top-1 and top-5 accuracy on the validation images, in percent, and the confusion matrix."""
         return evaluate.accuracy(
-            lambda images: encoder.fc(features(images)), validation, centre, args.batch_size, device
+            lambda images: encoder.fc(features(images)), validation, centre, args.batch_size, device, args.workers
         )
 
     if args.evaluate:
@@ -120,6 +120,7 @@ def train(args, device, encoder, features, validate, split, source, saved):
         drop_last=False,
         pil=args.views == "pil",
         workers=args.workers,
+        epochs=args.epochs,
         compile=args.compile,
     )
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
@@ -139,6 +140,7 @@ def train(args, device, encoder, features, validate, split, source, saved):
         f"{len(batches)} steps an epoch"
     )
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
+        stop = False
         for epoch in range(first_epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             set_learning_rate(optimizer, lr)
@@ -164,7 +166,8 @@ def train(args, device, encoder, features, validate, split, source, saved):
                         save(writer, encoder, optimizer, epoch, best, args, begun)
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
-            row = dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
+            row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
+            save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(device), row))
             top1, top5, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:

@@ -39,8 +39,8 @@ class Recipe:
     blur: tuple = (0.1, 2.0)
     flip_p: float = 0.5
 
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """The parameters of `count` views of height x width images.
+    def draw(self, count: int, height: int | None, width: int | None, generator: torch.Generator) -> Tensor:
+        """The parameters of `count` views of height x width images; None: of images that are crops already.
 
         Returns:
             (count, 11) float32: top, left, height, width of the crop in pixels, flip, factors of brightness,
@@ -50,13 +50,15 @@ class Recipe:
 
         # One row of uniform numbers an image, so that a view does not depend on how many are drawn. float64: a crop is
         # rounded to whole pixels as torchvision rounds it.
-        draws = iter(torch.rand(count, 2 * ATTEMPTS + 11, generator=generator, dtype=torch.float64).T)
+        numbers = 9 if height is None else 9 + 2 * ATTEMPTS + 2
+        draws = iter(torch.rand(count, numbers, generator=generator, dtype=torch.float64).T)
 
         def uniform(low=0.0, high=1.0):
             return low + (high - low) * next(draws)
 
         parameters = torch.zeros(count, 11, dtype=torch.float64)
-        parameters[:, :4] = self.crops(uniform, height, width)
+        if height is not None:
+            parameters[:, :4] = self.crops(uniform, height, width)
         parameters[:, FLIP] = uniform() < self.flip_p
         parameters[:, BRIGHTNESS : HUE + 1] = torch.tensor([1.0, 1.0, 1.0, 0.0])
         if self.jitter:
@@ -69,6 +71,19 @@ class Recipe:
         blurred = uniform() < self.blur_p
         parameters[:, RADIUS] = torch.where(blurred, uniform(*self.blur), 0)
         return parameters.float()
+
+    def draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, ...]:
+        """Top, left, height, width of the crop of one height x width image."""
+        # One image's `crops` with the same numbers, in plain Python: ten times as fast, and a loader process does it
+        # for every view.
+        draws = torch.rand(2 * ATTEMPTS + 2, generator=generator, dtype=torch.float64).tolist()
+        (least, most), (low, high) = self.scale, (math.log(ratio) for ratio in self.ratio)
+        for first, second in zip(draws[:ATTEMPTS], draws[ATTEMPTS : 2 * ATTEMPTS], strict=True):
+            area, ratio = height * width * (least + (most - least) * first), math.exp(low + (high - low) * second)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return int(draws[-2] * (height - h + 1)), int(draws[-1] * (width - w + 1)), h, w
+        return self.central_crop(height, width)
 
     def crops(self, uniform, height, width):
         """(count, 4): RandomResizedCrop's first of ten attempts that fits into the image, else its central crop."""
@@ -139,7 +154,8 @@ class Views:
 
     Args:
         mean, std: three floats each, of pixels in 0..1. compile: fuse the operations with torch.compile, one by one,
-            since the 24 orders of the colour jitter would be 24 programs.
+            since the 24 orders of the colour jitter would be 24 programs. cropped: images come as crops of the view's
+            size, and only the rest of the operations is done.
     """
 
     def __init__(
@@ -149,11 +165,13 @@ class Views:
         std: Sequence[float],
         device: torch.device | str,
         compile: bool = False,
+        cropped: bool = False,
     ):
         self.recipe = recipe
         self.mean, self.std = statistics(mean, std, device)
         wrap = torch.compile if compile else lambda function: function
-        self.crop, self.gray, self.blur, self.finish = wrap(crop), wrap(gray), wrap(blur), wrap(finish)
+        self.crop = wrap(flip if cropped else crop)
+        self.gray, self.blur, self.finish = wrap(gray), wrap(blur), wrap(finish)
         self.colours = [wrap(function) for function in (brightness, contrast, saturation, hue)]
 
     @torch.no_grad()
@@ -229,6 +247,19 @@ def crop(images, parameters, size):
     by_rows = triangles(parameters[:, TOP], parameters[:, HEIGHT], height, size)
     by_columns = triangles(parameters[:, LEFT], parameters[:, WIDTH], width, size, flip=parameters[:, FLIP])
     return linear(rows_first(images), by_rows, by_columns)
+
+
+def flip(images, parameters, size):
+    """Horizontal flip alone: (N, 3, S, S) uint8 -> (N, S, 3, S) float32."""
+    x = rows_first(images)
+    return torch.where(column(parameters, FLIP) > 0, x.flip(3), x)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """(3, H, W) uint8 -> (3, height, width) uint8: Pillow's antialiased bilinear filter, within 2 of its 256 values."""
+    if image.shape[1:] == (height, width):
+        return image
+    return nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 def luminance(x):
@@ -320,10 +351,11 @@ def constants(mean, std, device):
 
 @dataclass(frozen=True)
 class Centre:
-    """The view of an image that is evaluated.
+    """The view of an image that is evaluated: its shorter side resized, then its centre.
 
-    size: its side. mean, std: of the pixels, in 0..1. crop: resize the shorter side to 9/8 of `size` (36 for 32) and
-    cut out the centre, as torchvision does; else take images as they are, resized only where they have another size.
+    size: side of the view. mean, std: of the pixels, in 0..1. crop: resize the shorter side to more than `size`: 9/8
+    of it up to 64 pixels (36 for 32), and beyond them 256/224 (256 for 224), as torchvision does; else to `size`, so
+    that images of this size are taken as they are.
     """
 
     size: int
@@ -339,15 +371,27 @@ class Centre:
             x = linear(x, *(by.expand(count, -1, -1) for by in self.matrices(height, width, images.device)))
         return finish(x, *statistics(self.mean, self.std, images.device))
 
+    def cut(self, image: Tensor) -> Tensor:
+        """(3, H, W) uint8 -> (3, size, size) uint8: all but the normalisation, of one image of any size."""
+        (height, top), (width, left) = self.sides(*image.shape[1:])
+        return resize(image, height, width)[:, top : top + self.size, left : left + self.size]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, 3, size, size) uint8 -> float32, normalised, channels last."""
+        return finish(rows_first(images), *statistics(self.mean, self.std, images.device))
+
+    def sides(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width after resizing, and where the centre begins in each."""
+        short = round(self.size * (9 / 8 if self.size <= 64 else 256 / 224)) if self.crop else self.size
+        sides = [short * side // min(height, width) for side in (height, width)]
+        return [(side, round((side - self.size) / 2)) for side in sides]
+
     def matrices(self, height: int, width: int, device: torch.device) -> Iterator[Tensor]:
-        short = round(self.size * 9 / 8)
-        for side in (height, width):
-            out = short * side // min(height, width) if self.crop else self.size
-            first = round((out - self.size) / 2)
+        for side, (out, first) in zip((height, width), self.sides(height, width), strict=True):
             yield resizing(side, out, device)[:, first : first + self.size]
 
 
-@cache
+@cache  # of images in memory, which have one size
 def resizing(size, out, device):
     """(1, out, size): resizes a whole row of pixels."""
     start, length = torch.tensor([[0.0], [size]], device=device)

@@ -5,7 +5,7 @@ Small images of one size live in memory, on the device that trains, as one uint8
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ class Split:
     labels: torch.Tensor
     classes: list[str]
     images: torch.Tensor | None = None
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,6 +88,21 @@ class Split:
         if self.paths is not None:
             return open_image(self.paths[index])
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+
+
+class PathArray(Sequence):
+    """Paths in one array of bytes, which loader processes share; a list's strings are copied as they are looked at."""
+
+    def __init__(self, paths: Sequence[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
 
 
 def resolve(name: str, folder: str | None) -> str:
@@ -289,13 +304,22 @@ def images_below(root: str | Path) -> Iterator[str]:
 
 
 def open_image(path: str, alone: bool = True) -> Image.Image:
-    """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images."""
+    """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images.
+
+    Of an animation it is the first frame. An EXIF orientation is not applied, as torchvision does not: the encoders
+    that others have trained, and their figures, saw the pixels as they are stored.
+    """
     try:
         with Image.open(path) as image:
             return rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly everything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(f"image '{path}' cannot be read: {reason}", alone=alone) from None
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8 of a PIL image in RGB, channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def rgb(image: Image.Image) -> Image.Image:

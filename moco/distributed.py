@@ -105,6 +105,39 @@ def shuffle_images(images: Tensor, order: Tensor) -> Tensor:
     return all_gather(images)[my_rows(order)]
 
 
+class Shuffle:
+    """Of each step, moves rows so that row j of the global batch becomes what row orders[step, j] was.
+
+    Each row goes from the process that has it straight to the one that is to have it, in one collective.
+
+    Args:
+        orders: (steps, B) int64 on the CPU, permutations.
+    """
+
+    def __init__(self, orders: Tensor, device: torch.device):
+        processes = world_size()
+        if processes > 1:
+            steps, rows = len(orders), orders.shape[1] // processes
+            owner = orders // rows  # the process that has what row j is to be
+            sent = (owner == rank()).nonzero()[:, 1].view(steps, rows)  # rows j that this process has, by receiver
+            wanted = owner.view(steps, processes, rows)[:, rank()]
+            self.sent = (sent // rows, (orders.gather(1, sent) - rank() * rows).to(device))
+            self.wanted = (wanted, wanted.argsort(dim=1, stable=True).argsort(1).to(device))
+        else:
+            self.orders = orders.to(device)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """(n, ...) on each process -> (n, ...)."""
+        processes = world_size()
+        if processes == 1:
+            return x[self.orders[step]]
+        receivers, rows = (part[step] for part in self.sent)
+        senders, places = (part[step] for part in self.wanted)
+        out, counts = torch.empty_like(x), [who.bincount(minlength=processes).tolist() for who in (senders, receivers)]
+        dist.all_to_all_single(out, x[rows].contiguous(), *counts)
+        return out[places]
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

@@ -56,13 +56,14 @@ class Record:
 
     losses: (steps,) float32, global up to step `shown`, this process's own after it. health: (5,) float32, sums of
     losses.contrast_health's four values, and their number. seconds, cpu_seconds: spent before the epoch's first step
-    of this run.
+    of this run. unevaluated: the log's row of an epoch whose steps are complete, from a checkpoint.
     """
 
     def __init__(self, steps: int, device: torch.device):
         self.shown = 0
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
         self.seconds = self.cpu_seconds = 0.0
+        self.unevaluated = None
 
     def add(self, step: int, loss: Tensor, health: Tensor | None = None) -> None:
         self.losses[step] = loss.detach()
@@ -92,10 +93,12 @@ class Record:
                 )
         return stop
 
-    def state(self, spent: tuple[float, float]) -> dict:
-        """What a checkpoint within the epoch holds of it. Each process must call it."""
+    def state(self, spent: tuple[float, float], unevaluated: dict | None = None) -> dict:
+        """What a checkpoint within the epoch holds of it; `unevaluated`: the log's row of an epoch whose steps are
+        complete. Each process must call it."""
         seen = dict(step=self.shown, losses=self.losses[: self.shown].clone(), health=distributed.all_mean(self.health))
-        return seen | dict(seconds=spent[0], cpu_seconds=spent[1])
+        seen |= dict(seconds=spent[0], cpu_seconds=spent[1])
+        return seen | dict(unevaluated=unevaluated) if unevaluated else seen
 
     def load(self, saved: dict) -> None:
         """Goes on from a checkpoint, if that is from within an epoch."""
@@ -104,6 +107,8 @@ class Record:
             self.losses[: self.shown] = saved["losses"]
             self.health.copy_(saved["health"])
             self.seconds, self.cpu_seconds = float(saved.get("seconds", 0)), float(saved.get("cpu_seconds", 0))
+            if self.shown == len(self.losses):
+                self.unevaluated = {name: float(value) for name, value in saved["unevaluated"].items()}
 
     def averages(self) -> dict:
         """Loss and health, means over the epoch and the processes. Each process must call it."""
@@ -116,7 +121,7 @@ class Record:
         """For the next epoch, which has already spent these."""
         self.losses.zero_()
         self.health.zero_()
-        self.shown, self.seconds, self.cpu_seconds = 0, seconds, cpu_seconds
+        self.shown, self.seconds, self.cpu_seconds, self.unevaluated = 0, seconds, cpu_seconds, None
 
 
 def resume(saved: dict, path: str, optimizer: torch.optim.Optimizer, record: Record) -> int:

@@ -1,6 +1,7 @@
 """Evaluation, in float32: top-k accuracy, and the kNN monitor on frozen features."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,10 @@ from moco import augment, distributed
 from moco.batches import Centres
 from moco.datasets import Split
 
+QUERIES = 1000  # of the kNN vote at a time
+FULL_BYTES = 1 << 30  # of a bank in float32: a larger one is kept in float16
+PART_BYTES = 256 << 20  # of the bank in float32 and of its similarities at a time
+
 
 def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     """How many of the labels (N,) are among the k highest of the scores (N, classes), for each k: (len(ks),) int64."""
@@ -23,16 +28,21 @@ def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 
 @torch.no_grad()
 def accuracy(
-    network: Callable[[Tensor], Tensor], split: Split, centre: augment.Centre, batch_size: int, device: torch.device
+    network: Callable[[Tensor], Tensor],
+    split: Split,
+    centre: augment.Centre,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 8,
 ) -> tuple[float, float, Tensor]:
     """Top-1 and top-5 in percent of a network that gives scores (N, classes); and the confusion matrix.
 
-    The latter is (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j.
+    Batch and workers: see Centres. The matrix is (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j.
     """
     classes = len(split.classes)
     hits = torch.zeros(2, dtype=torch.long, device=device)
     pairs = torch.zeros(classes * classes, dtype=torch.long, device=device)
-    for images, labels in Centres(split, centre, batch_size, device):
+    for images, labels in Centres(split, centre, batch_size, device, workers):
         scores = network(images)
         hits += topk_hits(scores, labels)
         pairs += (labels * classes + scores.argmax(1)).bincount(minlength=len(pairs))
@@ -67,20 +77,32 @@ def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def extract(encoder: nn.Module, split: Split, centre: augment.Centre, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """L2-normalised features (N, width) float32 and labels (N,) of a split, in its order, on every process."""
-    features, labels, device = [], [], next(encoder.parameters()).device
-    for images, targets in Centres(split, centre, batch_size, device):
-        features.append(F.normalize(encoder(images), dim=1))
-        labels.append(targets)
-    features, labels = torch.cat(features), torch.cat(labels)
-    processes = distributed.world_size()
-    if processes > 1:  # process r has rows r, r + processes, ...: equal shares are gathered, then interleaved
-        missing = -(-len(split) // processes) - len(features)
-        features = distributed.all_gather(F.pad(features, (0, 0, 0, missing)))
-        features = features.unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)[: len(split)]
-        labels = split.labels.to(device)
-    return features, labels
+def extract(
+    encoder: nn.Module,
+    split: Split,
+    centre: augment.Centre,
+    batch_size: int = 256,
+    workers: int = 8,
+    full_bytes: float = math.inf,
+) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (N, width) and labels (N,) of a split, in its order, on every process.
+
+    Features are float32, or float16 where float32 would take more than `full_bytes`.
+    """
+    device, processes = next(encoder.parameters()).device, distributed.world_size()
+    batches, features = Centres(split, centre, batch_size, device, workers), None
+    for i, (images, _) in enumerate(batches):
+        mine = F.normalize(encoder(images), dim=1)
+        if features is None:
+            dtype = torch.float16 if 4 * len(split) * mine.shape[1] > full_bytes else torch.float32
+            features = mine.new_empty(len(split), mine.shape[1], dtype=dtype)
+        mine = mine.to(features.dtype)
+        # Process r has rows r, r + processes, ...: equal shares are gathered, then interleaved.
+        place = features[i * batches.batch * processes : (i + 1) * batches.batch * processes]
+        mine = F.pad(mine, (0, 0, 0, -(-len(place) // processes) - len(mine)))
+        both = distributed.all_gather(mine).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)
+        place.copy_(both[: len(place)])
+    return features, batches.labels
 
 
 @torch.no_grad()
@@ -92,20 +114,42 @@ def knn(
     batch_size: int = 256,
     k: int = 200,
     temperature: float = 0.1,
+    workers: int = 8,
 ) -> float:
     """Top-1 accuracy in percent of the weighted nearest-neighbour vote (Wu et al., arXiv:1805.01978, section 3.4).
 
     The k training features most similar to a validation feature vote for their labels with weight
-    exp(similarity / temperature); images without a label have no vote. Features are those of the frozen encoder without its head.
+    exp(similarity / temperature); images without a label have no vote. Features are those of the frozen encoder
+    without its head, in half precision where there are many.
     """
-    encoder, train = frozen(encoder), train.labelled()
-    bank, bank_labels = extract(encoder, train, centre, batch_size)
-    queries, labels = extract(encoder, validation, centre, batch_size)
-    classes = len(train.classes)
-    right = 0
-    for query, label in zip(queries.split(1000), labels.split(1000), strict=True):
-        similarity, nearest = (query @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = query.new_zeros(len(query), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        right += (votes.argmax(1) == label).sum()
-    return 100 * int(right) / len(labels)
+    encoder, train, classes = frozen(encoder), train.labelled(), len(train.classes)
+    bank, bank_labels = extract(encoder, train, centre, batch_size, workers, FULL_BYTES)
+    queries, labels = extract(encoder, validation, centre, batch_size, workers, FULL_BYTES)
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    right = torch.zeros((), dtype=torch.long, device=bank.device)
+    for query, label in zip(queries[mine].split(QUERIES), labels[mine].split(QUERIES), strict=True):
+        right += (vote(query.float(), bank, bank_labels, classes, k, temperature) == label).sum()
+    return 100 * int(distributed.all_sum(right)) / len(labels)
+
+
+def vote(query: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
+    """The label (N,) that the k nearest of the bank give to each query (N, width) float32.
+
+    A part of the bank at a time is made float32, compared, and its k nearest are kept with those of the parts before.
+    """
+    similarity, nearest = query.new_empty(len(query), 0), labels.new_empty(len(query), 0)
+    rows = max(1, PART_BYTES // (4 * (len(query) + bank.shape[1])))
+    for part, its_labels in zip(bank.split(rows), labels.split(rows), strict=True):
+        best, index = (query @ part.float().T).topk(min(k, len(part)), dim=1)
+        similarity, nearest = torch.cat([similarity, best], 1), torch.cat([nearest, its_labels[index]], 1)
+        similarity, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        nearest = nearest.gather(1, index)
+    votes = query.new_zeros(len(query), classes)
+    return votes.scatter_add_(1, nearest, (similarity / temperature).exp()).argmax(1)
+
+
+def knn_bytes(images: int, queries: int, width: int, classes: int) -> int:
+    """What `knn` holds of `images` training and `queries` validation images at most, in bytes of a process, besides
+    the network and its batches: both banks and their labels, a part with its similarities, the votes."""
+    banks = sum(number * width * (2 if 4 * number * width > FULL_BYTES else 4) for number in (images, queries))
+    return banks + (images + queries) * 8 + PART_BYTES + min(queries, QUERIES) * 4 * (width + classes)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,5 +34,4 @@ def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]
 
 def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:
     """(3, size, size) float32 of a PIL image of any size and mode."""
-    pixels = torch.from_numpy(np.array(datasets.rgb(image))).permute(2, 0, 1)
-    return centre(pixels[None])[0]
+    return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image)))[None])[0]

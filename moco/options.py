@@ -86,9 +86,12 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
     add = parser.add_argument
     add(
-        "--cos", action=argparse.BooleanOptionalAction, default=False, help="half a cosine from lr to 0, not --schedule"
+        "--cos",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="cosine schedule from lr to 0, instead of --schedule",
     )
-    text = "epochs from lr 0 to lr (default: 5); without a queue 10 from lr 0.01, and none up to a batch of 256"
+    text = "epochs of linear warm-up from 0 (default: 5; without a queue, 10 from lr 0.01 for batches over 256, else 0)"
     add("--warm-up", type=count, default=5, metavar="N", help=text)
     text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
     add("--aug-plus", action="store_true", help=text)
@@ -99,7 +102,7 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     add("--stem", choices=("cifar", "imagenet"), help=text)
     text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
     add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
-    text = "only the first N training images of each class keep their label, the others train without (default: all)"
+    text = "only the first N training images of each class keep their label; the others train unlabelled (default: all)"
     add("--labels-per-class", type=count, metavar="N", help=text)
     text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
@@ -171,12 +174,12 @@ def linear_parser(description: str) -> Parser:
 
 
 def linear_recipe():
-    """The defaults that --recipe stands for: they are wanted before the command line is parsed, for --help too."""
+    """The defaults that --recipe stands for; --help needs them before the command line is parsed."""
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument("--recipe")
     try:
         return LINEAR_RECIPES[early.parse_known_args()[0].recipe or "moco"]
-    except (argparse.ArgumentError, KeyError):  # the parser proper will say what is wrong
+    except (argparse.ArgumentError, KeyError):  # the real parser will report it
         return LINEAR_RECIPES["moco"]
 
 
@@ -197,7 +200,7 @@ def training_options(add, epochs, lr, weight_decay, schedule):
         "resnet20, or a network of torchvision's ResNet family (default: resnet50; for main_lincls.py the checkpoint's)"
     )
     add("-a", "--arch", default="resnet50", help=text)
-    text = "data-loading workers (unused for data in memory) (default: %(default)s)"
+    text = "data-loading workers, unused for data in memory (default: %(default)s)"
     add("-j", "--workers", type=count, default=8, metavar="N", help=text)
     add("--epochs", type=positive_int, default=epochs, metavar="N", help="total epochs (default: %(default)s)")
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
@@ -206,14 +209,14 @@ def training_options(add, epochs, lr, weight_decay, schedule):
     add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
     text = "epochs at which lr falls to a tenth (default: %(default)s)"
     add("--schedule", type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
-    add("--momentum", type=fraction, default=0.9, metavar="M", help="of SGD (default: %(default)s)")
+    add("--momentum", type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
     decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")
     add("--wd", "--weight-decay", **decay, help="weight decay (default: %(default)s)")
     text = "steps between two log lines (default: %(default)s)"
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help=text)
-    text = "checkpoint to go on from; auto: the last one in --output-dir, if there is one"
+    text = "checkpoint to continue from; auto: the last one in --output-dir, if there is one"
     add("--resume", metavar="PATH", help=text)
-    add("--seed", type=count, help="of every random choice (default: drawn, printed, kept in the checkpoint)")
+    add("--seed", type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
 
 def process_options(add):
@@ -228,7 +231,7 @@ def process_options(add):
 
 
 def data_options(add):
-    text = "for checkpoints, log.csv and tensorboard/ (default: the current folder)"
+    text = "folder for checkpoints, log.csv and tensorboard/ (default: the current folder)"
     add("--output-dir", default=".", metavar="DIR", help=text)
     text = (
         "auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
@@ -237,20 +240,20 @@ def data_options(add):
     add("--dataset", choices=DATASETS, default="auto", help=text)
     text = "only the first N training images of each class"
     add("--per-class", type=positive_int, metavar="N", help=text)
-    text = "validate on the last N training images of each class, and do not train on them: to choose options by"
+    text = "validate on the last N training images of each class instead of training on them, to choose options"
     add("--holdout", type=count, default=0, metavar="N", help=text)
     text = "side of the views (default: 32; for main_lincls.py the checkpoint's)"
     add("--image-size", type=number(int, 8, 4096), default=32, metavar="PIXELS", help=text)
     rgb = dict(nargs=3, metavar=("R", "G", "B"))
-    text = "of the pixels, in 0..1 (default: the data set's, CIFAR-10's for image folders)"
+    text = "pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else ImageNet's)"
     add("--mean", type=number(float), **rgb, help=text)
-    add("--std", type=positive_float, **rgb, help="likewise")
+    add("--std", type=positive_float, **rgb, help="pixel standard deviation, likewise")
     text = (
-        "how views are made where the data set fits into memory: in batches on the device, or by Pillow in "
-        "data-loading workers (default: batched)"
+        "batched: on the device (workers decode and crop images that stay in files); pil: torchvision on PIL images, "
+        "in data-loading workers (default: batched)"
     )
     add("--views", choices=("batched", "pil"), default="batched", help=text)
-    text = "of the encoders (default: bf16 on GPUs that have it, else fp32)"
+    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32)"
     add("--precision", choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
@@ -321,6 +324,8 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
         )
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
+    if args.dataset == "imagefolder" and args.image_size > 64:  # ImageNet and its like
+        mean, std = datasets.IMAGENET
     args.mean, args.std = list(args.mean or mean), list(args.std or std)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")

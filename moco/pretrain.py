@@ -92,6 +92,7 @@ def fit(
         shuffle_keys=model_class.shuffle_keys and args.groups > 1,
         pil=args.views == "pil",
         workers=args.workers,
+        epochs=args.epochs,
         compile=args.compile,
     )
     torch.manual_seed(args.seed)
@@ -117,6 +118,7 @@ def fit(
 
     network.train()
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
+        stop = False
         for epoch in range(first_epoch, args.epochs):
             progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, record, batches.cpu_seconds)
             for step, (views, labels, order) in progress.waited_for(batches.epoch(epoch, record.shown)):
@@ -142,8 +144,10 @@ def fit(
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             average_statistics(model)
-            row = dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
-            row |= measure(model, args, epoch, split, validation, device)
+            row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
+            if model.classifies or knn_is_due(args, epoch):  # saved first: an evaluation that fails costs no epoch
+                save(writer, args, model, optimizer, epoch, record.state(progress.spent(device), row))
+                row |= measure(model, args, epoch, split, validation, device)
             row["seconds"], row["cpu_seconds"] = progress.spent(device)
             log.add(epoch, **row)
             describe(epoch, row, args)
@@ -155,16 +159,22 @@ def fit(
     log.close()
 
 
+def knn_is_due(args, epoch):
+    return args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs)
+
+
 def measure(model, args, epoch, split, validation, device):
     """The encoder's kNN accuracy, where it is due, and a classifier's own accuracy."""
     found = {}
     centre = augment.Centre(args.image_size, args.mean, args.std)
-    if args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
-        found["knn"] = evaluate.knn(model.encoder_q, split, validation, centre, args.batch_size)
+    if knn_is_due(args, epoch):
+        found["knn"] = evaluate.knn(model.encoder_q, split, validation, centre, args.batch_size, workers=args.workers)
     if model.classifies:
         network = evaluate.frozen(model.encoder_q, keep_fc=True)
-        as_they_are = replace(centre, crop=False)
-        found["top1"], found["top5"], _ = evaluate.accuracy(network, validation, as_they_are, args.batch_size, device)
+        resize_only = replace(centre, crop=False)
+        found["top1"], found["top5"], _ = evaluate.accuracy(
+            network, validation, resize_only, args.batch_size, device, args.workers
+        )
     return found
 
 

@@ -37,6 +37,8 @@ def main():
     add("--dataset", choices=options.DATASETS, default="auto", help="as for training; digits needs no DATA")
     add("--split", choices=("train", "val"), default="val", help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
+    text = "data-loading workers, for images in files (default: %(default)s)"
+    add("-j", "--workers", type=options.count, default=8, metavar="N", help=text)
     add("--neighbours", type=options.positive_int, metavar="K", help="for --picture (default: 8)")
     add("--picture", type=Path, metavar="FILE.png", help="a sheet of images beside their nearest neighbours")
     add("--force", action="store_true", help="overwrite files that exist")
@@ -77,7 +79,7 @@ def extract(args, split: datasets.Split, paths: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         features, done = None, 0
         with torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
-            for batch, _ in Centres(split, centre, args.batch_size, device):
+            for batch, _ in Centres(split, centre, args.batch_size, device, args.workers):
                 found = encoder(batch).float().cpu().numpy()
                 if features is None:  # on disk: there may be more of them than fit into memory
                     shape = (len(split), found.shape[1])

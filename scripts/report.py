@@ -50,6 +50,7 @@ def main():
         for page, parts in {
             "README.md": {"rows": rows(runs), "table": table(runs)},
             "docs/results.md": {"runs": small_table(runs) + full_table(runs), "searches": searches(args.results)},
+            "docs/imagenet.md": {"large": small_table([r for r in runs if r["dataset"] == "imagefolder"])},
             "docs/speed.md": {"speed": speed(benches)},
         }.items():
             path = args.pages / page

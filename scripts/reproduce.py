@@ -280,9 +280,10 @@ def call(command):
 
 
 def dataset(saved):
-    """An image folder with CIFAR-10's classes is CIFAR-10."""
+    """An image folder with CIFAR-10's classes is CIFAR-10, unless its images are enlarged."""
     cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return "cifar10" if saved["dataset"] == "imagefolder" and saved["classes"] == cifar10 else saved["dataset"]
+    is_cifar10 = saved["dataset"] == "imagefolder" and saved["classes"] == cifar10 and saved["image_size"] == 32
+    return "cifar10" if is_cifar10 else saved["dataset"]
 
 
 def numbers(row):

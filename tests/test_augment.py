@@ -156,7 +156,8 @@ def test_validation_views_are_pillows(height, width):
     ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3)(x).permute(0, 2, 3, 1)
     assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
     ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3, crop=False)(x).permute(0, 2, 3, 1)
-    assert (ours.round() - torch.stack([pixels(pillow(i).resize((32, 32), 2)) for i in x])).abs().max() <= 1
+    chain = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])  # nothing is squashed
+    assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 8), (4, 32), (40, 9)])

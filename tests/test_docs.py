@@ -4,8 +4,12 @@ import math
 import re
 
 import torch
+from PIL import Image
 
 from conftest import ROOT
+from moco import options
+
+IMAGENET = (ROOT / "docs/imagenet.md").read_text()
 
 
 def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
@@ -25,3 +29,24 @@ def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
     )
     done = run("main_lincls.py", "--pretrained mine.pth.tar --dataset digits --image-size 8 --epochs 1 --seed 0")
     assert done.status == 0 and "result: top1=" in done.out, done.err
+
+
+def test_the_commands_for_imagenet_are_understood():
+    commands = re.findall(r"^    python (main_.*)", IMAGENET.replace("\\\n", ""), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        script, *words = command.split()
+        linear = script == "main_lincls.py"
+        parser = options.linear_parser("") if linear else options.pretrain_parser("", options.MOCO)
+        args = parser.parse_args(words)
+        assert args.data == "imagenet/" and (linear or args.image_size == 224)
+
+
+def test_cifar10_is_enlarged(folder, tmp_path, monkeypatch):
+    folder(train=3, val=2).rename(tmp_path / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", IMAGENET, re.DOTALL)
+    exec(program, {})
+    made = sorted((tmp_path / "large").glob("*/*/*.jpg"))
+    sizes = {Image.open(path).size for path in made}
+    assert len(made) == 10 and len(sizes) > 5 and all(96 <= side <= 256 for size in sizes for side in size)

@@ -1,6 +1,6 @@
 """Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_launch.
 
-A line each: what (gather, reduce, broadcast, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
+A line each: what (gather, reduce, broadcast, crops: all-to-all, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
 and how many gradients are still to be computed.
 """
 
@@ -63,7 +63,8 @@ def count_gradient(parameter):
 distributed.gather_into = counted("gather", distributed.gather_into, 1)
 dist.all_reduce = counted("reduce", all_reduce)
 dist.broadcast = counted("broadcast", dist.broadcast)
-for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all", "all_to_all_single", "scatter"):
+dist.all_to_all_single = counted("crops", dist.all_to_all_single, 1)
+for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_to_all", "scatter"):
     setattr(dist, name, forbidden)
 for name in ("gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "send", "recv", "isend", "irecv"):
     setattr(dist, name, forbidden)

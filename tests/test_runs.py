@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import ROOT, TINY, TINY_MOCO
@@ -276,21 +277,31 @@ def test_two_processes_are_one_with_two_splits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method, features, width", [("MoCoOut", 16, 16), ("SupContrast", 32, 128)], ids=["queue", "none"]
+    "method, features, width, files",
+    [("MoCoOut", 16, 16, False), ("MoCoOut", 16, 16, True), ("SupContrast", 32, 128, False)],
+    ids=["queue", "queue-files", "none"],
 )
-def test_no_image_crosses_processes(method, features, width, tmp_path):
+def test_no_image_crosses_processes(method, features, width, files, folder, tmp_path):
     """A step's collectives: one gather of keys (features) with labels, and DDP's gradients, overlapped with the
-    backward pass; every --print-freq steps one more, of the losses."""
+    backward pass; every --print-freq steps one more, of the losses. Of images in files, the key crops, as uint8."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     words += [str(ROOT / "tests" / "count_traffic.py"), str(tmp_path), method]
+    if files:
+        data = folder(train=80)
+        with Image.open(data / "train/cat/0.png") as image:
+            image.resize((13, 14)).save(data / "train/cat/0.png")  # of several sizes: they stay in their files
+        words += ["--dataset", "imagefolder", "--per-class", "80", str(data)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     sent = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("sent")]
     sent = [(what, int(size), int(step), int(missing)) for what, size, step, missing in sent]
     saved = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
     gradients = 4 * sum(s["momentum_buffer"].numel() for s in saved["optimizer"]["state"].values())
+    crops = [each for each in sent if each[0] == "crops"]
+    assert [size for _, size, *_ in crops] == [16 * 3 * 8 * 8] * (5 if files else 0)
+    sent = [each for each in sent if each[0] != "crops"]
     for step in (1, 2, 3, 4):  # of five: after the last one comes what ends an epoch
         gather, *buckets = [each for each in sent if each[2] == step]
         losses = [buckets.pop()] if step % 2 == 0 else []

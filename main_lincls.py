@@ -34,7 +34,7 @@ def main():
 
 
 def evaluate_linear(args, device):
-    """Loads encoder and images; then only evaluates a classifier, or trains one."""
+    """Loads encoder and images, then evaluates or trains a classifier."""
     args.resume = checkpoint.find(args.resume, args.output_dir, device, LAST)
     source, saved, weights = read(args)
     args = options.resolve_linear(args, device, source, saved, weights)
@@ -78,7 +78,7 @@ def evaluate_linear(args, device):
 
 
 def read(args):
-    """The checkpoint to begin or to go on from: its path, its content, its encoder's weights."""
+    """The checkpoint of --resume or --pretrained: its path, its content, its encoder's weights."""
     source = args.resume or args.pretrained
     if source is None:
         raise UsageError("name the checkpoint: --pretrained PATH (or --resume PATH, for one of this script's own)")
@@ -97,7 +97,7 @@ def read(args):
 
 
 def check_source(weights, pretrained, args):
-    """A classifier goes on with the encoder that it was begun with, and no other."""
+    """UsageError: the classifier to resume was trained on another encoder than --pretrained."""
     for name, value in weights.items():
         if not name.startswith("fc.") and not (name in pretrained and torch.equal(value, pretrained[name])):
             raise UsageError(

@@ -74,8 +74,8 @@ class Recipe:
 
     def draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, ...]:
         """Top, left, height, width of the crop of one height x width image."""
-        # One image's `crops` with the same numbers, in plain Python: ten times as fast, and a loader process does it
-        # for every view.
+        # One image's `crops`, with the same numbers, in plain Python: ten times as fast, and workers do it for every
+        # view.
         draws = torch.rand(2 * ATTEMPTS + 2, generator=generator, dtype=torch.float64).tolist()
         (least, most), (low, high) = self.scale, (math.log(ratio) for ratio in self.ratio)
         for first, second in zip(draws[:ATTEMPTS], draws[ATTEMPTS : 2 * ATTEMPTS], strict=True):

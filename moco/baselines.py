@@ -61,11 +61,11 @@ class SupContrast(nn.Module):
                 self.health = contrast_health(logits, positives, self.T, contrast)
             loss = out_loss(logits, positives, contrast) * (self.T / 0.07)
 
-            # gradients are averaged over processes, but the parts that they have here must be added up
+            # DistributedDataParallel averages gradients, but these are parts of one loss and must be summed
             return loss.detach() + distributed.world_size() * (loss - loss.detach())
 
     def for_both_views(self, x: Tensor) -> Tensor:
-        """(N,), one value an image -> (2N,), one a row of the features: chunk by chunk, and of each both views."""
+        """(N,) values of images -> (2N,) values of the rows of z: chunk by chunk, both views of each."""
         return torch.cat([views for chunk in x.chunk(self.bn_splits) for views in (chunk, chunk)])
 
 

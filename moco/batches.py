@@ -1,8 +1,8 @@
 """Which images, which views, on which process, at which step.
 
 Every random choice is a function of (seed, epoch, step or image, view), never of the process or worker that makes it.
-Views are made in batches on the device that trains. Images that stay in their files are decoded, cropped and resized
-before that, in loader processes.
+Views are made in batches on the device that trains. Images that stay in files are first decoded, cropped and resized by
+data-loading workers.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from moco.signals import ignore_signals
 
 # What a random choice is for: part of its seed, so that no two choices share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, PILLOW, CROPS = range(6)
-SHARED_MEMORY = "/dev/shm"  # through which loader processes hand over their batches
+SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
 
 
 def generator(*numbers):
@@ -43,8 +43,9 @@ class Batches:
         batch_size: of the global batch. mean, std: of the pixels, in 0..1.
         shuffle_keys: make key views of other rows of the batch than query views, and say which (Shuffling BN).
         drop_last: leave out the last batch where it is smaller than the others.
-        pil: make the views by Pillow alone, those of images in memory, too.
-        workers: loader processes, over all of this machine; they go on with the next epoch up to the `epochs`-th.
+        pil: make all views with torchvision on PIL images, in workers.
+        workers: data-loading workers of this machine, over all its processes; they prepare the next epoch while one
+            is trained, up to `epochs`.
         compile: torch.compile the views.
     """
 
@@ -82,14 +83,14 @@ class Batches:
             self.views = [augment.Views(r, mean, std, device, compile, cropped=self.in_files) for r in recipes]
 
     def close(self) -> None:
-        """Ends the loader processes: they ignore signals, so nobody else can."""
+        """Stops the workers: they ignore signals, so nothing else does."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
-            self.worker_seconds.clear()  # they are ended children now
+            self.worker_seconds.clear()  # os.times() counts them from now on
 
     def cpu_seconds(self) -> float:
-        """Processor time of this process and its loader processes so far, those that have ended included."""
+        """Processor time so far of this process and its workers, running or ended."""
         ended = os.times()
         return time.process_time() + sum(self.worker_seconds.values()) + ended.children_user + ended.children_system
 
@@ -164,7 +165,7 @@ class Batches:
             yield list(made.tensor_split(len(self.recipes))), self.labels[self.rows(batch, 0, order)], order
 
     def loaded(self, epoch, first):
-        """What the workers make for each step of an epoch. They go on with the next epoch while this one is trained."""
+        """Yields what the workers make for each step of an epoch; meanwhile they prepare the next one."""
         if self.next != (epoch, first):
             self.close()
             end = max(self.epochs, epoch + 1)
@@ -172,7 +173,7 @@ class Batches:
             plan = Plan(self.items, epoch, first, end)
             self.stream = load(self.dataset, plan, items, len(self) * (end - epoch) - first, self.workers, self.device)
         for step in range(first, len(self)):
-            self.next = None  # for whoever begins again after an error
+            self.next = None  # after an error there is nothing to continue
             images, worker, seconds = next(self.stream)
             if worker is not None:
                 self.worker_seconds[worker] = seconds
@@ -204,11 +205,11 @@ class Plan:
 def load(
     dataset: Dataset, plan: Iterable[list], items: int, batches: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, int | None, float]]:
-    """Yields what `dataset` makes of each batch of a plan, in loader processes: see `collate`.
+    """Yields what `dataset` makes of each batch of a plan, in data-loading workers: see `collate`.
 
     Args:
         dataset: its `empty` is a batch of no item. plan: a batch sampler of `batches` batches of up to `items` items.
-        workers: loader processes, over all of this machine.
+        workers: of this machine, over all its processes.
     Raises RunError for an image that cannot be read, too little shared memory, or a worker that dies.
     """
     processes = distributed.processes_on_node
@@ -218,7 +219,7 @@ def load(
         free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * count, batches) * size * processes
         if free < needed:
             raise RunError(
-                f"{SHARED_MEMORY} has {free >> 20} MiB free, and {count * processes} loader processes need "
+                f"{SHARED_MEMORY} has {free >> 20} MiB free, and {count * processes} data-loading workers need "
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
                 alone=True,
             )
@@ -231,7 +232,7 @@ def load(
         worker_init_fn=ignore_signals,
     )
     iterator = iter(loader)
-    if count:  # the workers ignore signals, so a program that leaves this generator open would wait for them at its end
+    if count:  # they ignore signals: a program that leaves this generator open would wait for them when it ends
         atexit.register(iterator._shutdown_workers)
     try:
         while True:
@@ -241,7 +242,7 @@ def load(
                 if "DataLoader worker" not in str(error):
                     raise
                 raise RunError(
-                    f"a loader process died (is memory short, or {SHARED_MEMORY}?): a smaller -j may fit", alone=True
+                    f"a data-loading worker died (out of memory, or of {SHARED_MEMORY}?): try a smaller -j", alone=True
                 ) from None
             if made is None:
                 return
@@ -293,7 +294,7 @@ class Crops(Dataset):
         return augment.resize(image[:, top : top + height, left : left + width], recipe.size, recipe.size)
 
 
-class Whole(Dataset):
+class CentreCrops(Dataset):
     """(3, S, S) uint8: what augment.Centre takes of a file; an item is named by its index."""
 
     def __init__(self, split, centre):
@@ -308,7 +309,7 @@ class Whole(Dataset):
 
 
 def for_workers(split: Split) -> Split:
-    """The split with its paths as one array: of a list, each worker would copy what it looks at."""
+    """The split with its paths as one array, see PathArray."""
     return split if split.paths is None else replace(split, paths=PathArray(split.paths))
 
 
@@ -326,7 +327,7 @@ class Centres:
 
     Args:
         centre: what makes a (n, 3, H, W) uint8 batch an input, see augment.Centre.
-        batch_size: over all processes. workers: loader processes of images in files, over all of this machine.
+        batch_size: over all processes. workers: for images in files; of this machine, over all its processes.
     """
 
     def __init__(self, split: Split, centre: augment.Centre, batch_size: int, device: torch.device, workers: int = 8):
@@ -346,7 +347,7 @@ class Centres:
                 yield images, self.labels[some.to(self.device)]
             return
         plan = [some.tolist() for some in rows]
-        stream = load(Whole(self.split, self.centre), plan, self.batch, len(plan), self.workers, self.device)
+        stream = load(CentreCrops(self.split, self.centre), plan, self.batch, len(plan), self.workers, self.device)
         with closing(stream):
             for some, (images, _, _) in zip(rows, stream, strict=True):
                 images = self.centre.normalise(images.to(self.device, non_blocking=True))

@@ -21,8 +21,8 @@ class MoCo(nn.Module):
         base_encoder: `base_encoder(num_classes=dim)` builds a network whose last layer is `fc`.
         dim: width C of the features. K: length of the queue. m: momentum of the key encoder. T: temperature.
         mlp: replace `fc` with MoCo v2's two-layer head.
-        bn_splits: apply the encoders to this many chunks of the batch, so that batch norm sees what as many
-            processes would have seen; Shuffling BN then works in one process too.
+        bn_splits: apply the encoders to this many chunks of the batch, so that batch norm sees what that many
+            processes would see; Shuffling BN then works in one process too.
     """
 
     labelled = False  # does forward take labels?
@@ -63,7 +63,7 @@ class MoCo(nn.Module):
                 of im_k is then a view of image order[j]. Shuffling BN without moving images. Without it the images
                 are gathered and shuffled here, as MoCo does it.
         Returns:
-            float32 scalar, the mean loss of this process's queries. The queue has taken up the step's keys.
+            float32 scalar, the mean loss of this process's queries. The queue then holds the step's keys.
         """
         # compute key features, before the queries: their activations are freed first
         k, order = self.keys(im_k, order)  # keys: NxC, shuffled
@@ -207,5 +207,5 @@ class MoCoSupLoss(LabelAwareMoCo):
 
 
 def unshuffle(k_all: Tensor, order: Tensor | None) -> Tensor:
-    """(B, C) gathered keys, put back into the order of the batch; `order` None if they never left it."""
+    """(B, C) gathered keys, put back into the order of the batch; `order` None: they were not shuffled."""
     return k_all if order is None else torch.empty_like(k_all).index_copy_(0, order, k_all)

@@ -47,14 +47,14 @@ FIXED = [
     "holdout",
     "recipe",
 ]
-# Options whose change is legitimate, but never silent.
+# Options that may change, but not silently.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 
 
 def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
-    """Writes a temporary file, flushes and renames it: `path` is always whole, the old checkpoint or the new one.
+    """Writes a temporary file, flushes and renames it: `path` is always complete, the old checkpoint or the new one.
 
-    With a name to keep it under, that is there before `path` is new: a run killed in between makes both again.
+    `kept`: a second name for it, made first, so that a run killed in between makes both again.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -72,7 +72,7 @@ def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
         with contextlib.suppress(OSError):
             tmp.unlink()
         reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        whole = " (the one before it is whole)" if path.exists() else ""
+        whole = " (the previous one is intact)" if path.exists() else ""
         raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
 
 
@@ -87,7 +87,7 @@ def link_or_copy(path, name):
 
 
 def on_host(content):
-    """A copy in the host's memory. Of tensors on a GPU it is whole when the GPU comes to this point, later than now."""
+    """A copy in host memory. Tensors on a GPU are copied asynchronously: synchronise before reading."""
     if isinstance(content, torch.Tensor):
         content = content.detach()
         return content.to("cpu", non_blocking=True) if content.is_cuda else content.clone()
@@ -136,7 +136,7 @@ class Writer:
 
 
 def check_finite(state_dict: dict, when: str) -> None:
-    """The losses are from before the last update: does it leave weights that are worth saving?"""
+    """RunError if the last update left weights that are not finite; the losses, from before it, do not show that."""
     extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
     if not torch.stack(extremes).isfinite().all():
         raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
@@ -251,7 +251,7 @@ def compare_data(saved: dict, images: int, classes: list[str], path: str) -> Non
 
 
 def compare_options(options: dict, now: dict, path: str) -> None:
-    """Stops at options that would silently make a resumed run another one, announces the change of others."""
+    """UsageError if an option has changed that a resumed run must keep; announces the change of others."""
 
     def flag(name):
         name = {"weight_decay": "wd", "groups": "bn-splits"}.get(name, name)
@@ -291,8 +291,10 @@ def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classif
 
 
 def described(saved: dict, weights: dict) -> dict:
-    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std. Where it is MoCo's own, which does not
-    say, arch and size are what fits its first layer, and the statistics None."""
+    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std.
+
+    MoCo's own do not say: then arch is resnet50, stem and size are what the first layer suggests, the statistics None.
+    """
     options = saved["options"]
     stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     size = options.get("image_size") or (32 if stem == "cifar" else 224)

@@ -50,12 +50,12 @@ class Split:
         return len(self.labels)
 
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
-        """(n,) int64: where the images are that a slice takes of each class, in their order; none without a label."""
+        """(n,) int64: the rows that a slice takes of each class, in their order; unlabelled images are left out."""
         each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
         return torch.cat(each).sort().values
 
     def of_each_class(self, part: slice, unlabelled: bool = False) -> "Split":
-        """The images that a slice takes of each class, in their order; with `unlabelled` all without a label, too."""
+        """The images that a slice takes of each class, in their order; `unlabelled`: and all that have no label."""
         kept = self.rows_of_each_class(part)
         if unlabelled:
             kept = torch.cat([kept, (self.labels == UNLABELLED).nonzero().squeeze(1)]).sort().values
@@ -80,7 +80,7 @@ class Split:
         return self if len(rows) == len(self) else self.take(rows)
 
     def repeated(self, count: int) -> "Split":
-        """Its images, again and again until they are `count`."""
+        """`count` images: these, repeated in their order."""
         return self if count == len(self) else self.take(torch.arange(count) % len(self))
 
     def pillow(self, index: int) -> Image.Image:
@@ -91,7 +91,7 @@ class Split:
 
 
 class PathArray(Sequence):
-    """Paths in one array of bytes, which loader processes share; a list's strings are copied as they are looked at."""
+    """Paths in one byte array that forked workers share; they would copy a list of strings bit by bit."""
 
     def __init__(self, paths: Sequence[str]):
         encoded = [os.fsencode(path) for path in paths]
@@ -126,7 +126,7 @@ def resolve(name: str, folder: str | None) -> str:
 
 
 def candidates(folder: str | Path) -> list[str]:
-    """The data sets that are in a folder, or can be downloaded to it since it is empty; none, if it is no folder."""
+    """The data sets that are in a folder, or can be downloaded to it because it is empty; none if it is not a folder."""
     if not Path(folder).is_dir():
         return []
     if Path(folder, "train").is_dir():
@@ -155,10 +155,10 @@ def load(
 
     Args:
         name: "imagefolder", "cifar10", "cifar100" or "digits". folder: where it is.
-        holdout: validate on the last so many training images of each class, and do not train on them.
-        per_class: only the first so many training images of each class.
-        labels_per_class: of these, the first so many of each class keep their label, the others get -1.
-        unlabelled: the training images include those of an image folder's unlabelled/, with label -1.
+        holdout: number of training images of each class, the last ones, that are for validation instead.
+        per_class: number of training images of each class to use, the first ones.
+        labels_per_class: number of these that keep their label; the others get -1.
+        unlabelled: also train on an image folder's unlabelled/, with label -1.
         in_memory: keep small images of one size on the device, as a tensor.
     """
     source = train or holdout > 0  # is it cut from the training images?
@@ -186,7 +186,7 @@ def load(
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Do so many bytes take at most half of the device's free memory, on every process?"""
+    """Whether this many bytes take at most half of the device's free memory, on every process."""
     if device.type != "cuda":
         return True
     return distributed.total(size > torch.cuda.mem_get_info(device)[0] // 2, device) == 0
@@ -272,10 +272,10 @@ def images_without_label(folder: str, train: list[str]) -> list[str]:
 
 
 def identity(path: str) -> tuple[int, int] | str:
-    """What two names of one file share, be they links or not."""
+    """The same for two names of one file, links included."""
     try:
         status = os.stat(path)
-    except OSError:  # whoever opens it will say what is wrong
+    except OSError:  # opening it will report what is wrong
         return path
     return status.st_dev, status.st_ino
 
@@ -288,8 +288,10 @@ def class_folders(root: Path) -> list[str]:
 
 
 def images_below(root: str | Path) -> Iterator[str]:
-    """Paths of the images in a class folder and below it. Of linked folders, those inside the split have their place
-    there, and those that hold it would lead in a circle: neither is followed."""
+    """Paths of the images in a class folder and below it.
+
+    Links to folders inside the split or around it are not followed: they would repeat images, or never end.
+    """
     split, seen = os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
     for folder, inside, files in os.walk(root, followlinks=True):
         followed = []
@@ -304,10 +306,10 @@ def images_below(root: str | Path) -> Iterator[str]:
 
 
 def open_image(path: str, alone: bool = True) -> Image.Image:
-    """A PIL image in RGB; RunError names the file that is none. `alone`: other processes open other images.
+    """A PIL image in RGB; RunError names a file that cannot be read. `alone`: other processes open other images.
 
-    Of an animation it is the first frame. An EXIF orientation is not applied, as torchvision does not: the encoders
-    that others have trained, and their figures, saw the pixels as they are stored.
+    Of an animation it is the first frame. EXIF orientation is not applied, as in torchvision: published encoders were
+    trained on the pixels as they are stored.
     """
     try:
         with Image.open(path) as image:
@@ -330,7 +332,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(paths: list[str], title: str) -> torch.Tensor | None:
-    """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they are loaded as they come."""
+    """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they stay in their files."""
     width, height = open_image(paths[0], alone=False).size
     if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
         return None

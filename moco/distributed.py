@@ -106,9 +106,9 @@ def shuffle_images(images: Tensor, order: Tensor) -> Tensor:
 
 
 class Shuffle:
-    """Of each step, moves rows so that row j of the global batch becomes what row orders[step, j] was.
+    """The shuffle of Shuffling BN: row j of the global batch becomes the old row orders[step, j].
 
-    Each row goes from the process that has it straight to the one that is to have it, in one collective.
+    Each row goes straight from the process that has it to the one that needs it, in one collective a step.
 
     Args:
         orders: (steps, B) int64 on the CPU, permutations.
@@ -118,8 +118,10 @@ class Shuffle:
         processes = world_size()
         if processes > 1:
             steps, rows = len(orders), orders.shape[1] // processes
-            owner = orders // rows  # the process that has what row j is to be
-            sent = (owner == rank()).nonzero()[:, 1].view(steps, rows)  # rows j that this process has, by receiver
+            owner = orders // rows  # the process that has the new row j
+            sent = (
+                (owner == rank()).nonzero()[:, 1].view(steps, rows)
+            )  # the new rows that this process has, by receiver
             wanted = owner.view(steps, processes, rows)[:, rank()]
             self.sent = (sent // rows, (orders.gather(1, sent) - rank() * rows).to(device))
             self.wanted = (wanted, wanted.argsort(dim=1, stable=True).argsort(1).to(device))

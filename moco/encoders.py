@@ -19,8 +19,9 @@ def build(arch: str, stem: str = "cifar") -> Callable[..., nn.Module]:
     Args:
         arch: "resnet20", or any network of torchvision's ResNet family (resnet18, resnext50_32x4d, ...).
         stem: "cifar" (first convolution 3x3, stride 1, padding 1, no max-pool) or "imagenet" (torchvision's own).
+            resnet20 always has its own, a 3x3 convolution.
     Raises:
-        UsageError: unknown architecture or stem, or one that is no ResNet.
+        UsageError: unknown architecture or stem, or one that is not a ResNet.
     """
     if stem not in ("cifar", "imagenet"):
         raise UsageError(f"unknown stem '{stem}': it is cifar or imagenet")

@@ -1,4 +1,4 @@
-"""What pretraining and the linear evaluation have in common: the learning rate, and what an epoch has seen so far."""
+"""What pretraining and linear evaluation share: learning rates, precision, and the record of an epoch."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from moco.signals import Interruption
 def moco_learning_rate(
     epoch: float, lr: float, epochs: int, warm_up: int, schedule: Sequence[int] | None = None
 ) -> float:
-    """At a moment of the run, in epochs (a step after the start of epoch 3 is 3 + 1 / steps).
+    """MoCo's learning rate at a moment of the run, in epochs (one step into epoch 3 is 3 + 1 / steps).
 
     Linear from 0 to lr over the warm-up; then half a cosine from lr to 0 over the rest, or with a schedule lr divided
     by 10 at each of its epochs.
@@ -27,7 +27,7 @@ def moco_learning_rate(
 
 
 def supcon_learning_rate(epoch: float, lr: float, epochs: int, warm_up: int) -> float:
-    """Likewise, of SupContrast's authors (who count epochs from 1).
+    """Likewise, the learning rate of SupContrast's authors, who count epochs from 1.
 
     Half a cosine from lr to lr / 1000 over all epochs, stepped once an epoch: epoch e of 0, 1, ... has its value at
     e + 1. Over the warm-up instead linear, step by step, from 0.01 to the cosine's value at the warm-up's end.
@@ -47,7 +47,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The encoders' arithmetic: `precision` "bf16" or "fp32"."""
+    """Mixed precision of the encoders; `precision`: "bf16" or "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """The command line cannot be carried out as it is. Exit status 2."""
+    """The command line cannot work as given. Exit status 2."""
 
     status = 2
 

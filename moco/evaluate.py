@@ -149,7 +149,9 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temp
 
 
 def knn_bytes(images: int, queries: int, width: int, classes: int) -> int:
-    """What `knn` holds of `images` training and `queries` validation images at most, in bytes of a process, besides
-    the network and its batches: both banks and their labels, a part with its similarities, the votes."""
+    """Bytes that `knn` holds at most on each process, besides the network and its batches.
+
+    These are both banks with their labels, a part of the bank with its similarities, and the votes.
+    """
     banks = sum(number * width * (2 if 4 * number * width > FULL_BYTES else 4) for number in (images, queries))
     return banks + (images + queries) * 8 + PART_BYTES + min(queries, QUERIES) * 4 * (width + classes)

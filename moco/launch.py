@@ -1,4 +1,4 @@
-"""Launching: one process, one for each GPU, or one of torchrun's or srun's; and how errors of a launch are told."""
+"""Launching one process, one for each GPU, or one of torchrun's or srun's; reporting their errors."""
 
 import atexit
 import contextlib
@@ -23,7 +23,7 @@ from moco.watch import Watch
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 GRACE = 10  # seconds that the other processes have to leave when one has failed
-ADVICE = "--resume auto goes on from the last checkpoint"
+ADVICE = "--resume auto continues from the last checkpoint"
 DIST_URL = "tcp://localhost:10001"
 
 watch: Watch | None = None  # of this process, while it is in a group
@@ -35,7 +35,7 @@ class LostError(RunError):
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: its rank, its number on this machine, and where they meet."""
+    """Which of the processes this one is, and where they meet."""
 
     rank: int = 0
     world_size: int = 1
@@ -50,7 +50,7 @@ class Process:
 def launch(worker: Callable[[torch.device], None], **options) -> None:
     """Runs `worker(device)` on every process that the command line asks for, and exits with its status.
 
-    `options`: see `plan`. An error of the user's is one line on stderr, once on each machine.
+    `options`: see `plan`. A user error is one line on stderr, printed once on each machine.
     """
     process = None
     try:
@@ -104,24 +104,24 @@ def plan(
 
     many = multiprocessing_distributed
     if all(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        ranks = [whole(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        ranks.append(whole(environment, "LOCAL_WORLD_SIZE", 1))
-        node = whole(environment, "GROUP_RANK", ranks[0] // ranks[3])
+        ranks = [integer(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        ranks.append(integer(environment, "LOCAL_WORLD_SIZE", 1))
+        node = integer(environment, "GROUP_RANK", ranks[0] // ranks[3])
         return Process(*ranks, backend=dist_backend, node=node), False, overridden("torchrun", *given)
-    if whole(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:
-        rank, world_size = whole(environment, "SLURM_PROCID"), whole(environment, "SLURM_STEP_NUM_TASKS")
-        on_node, node = tasks_here(environment), whole(environment, "SLURM_NODEID", 0)
+    if integer(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:
+        rank, world_size = integer(environment, "SLURM_PROCID"), integer(environment, "SLURM_STEP_NUM_TASKS")
+        on_node, node = tasks_here(environment), integer(environment, "SLURM_NODEID", 0)
         url = dist_url if given["--dist-url"] else meeting_point(environment)
         if not (many and on_node == 1 and gpu is None):
             if rank == 0:
                 check_port(url)
-            local = whole(environment, "SLURM_LOCALID", 0)
+            local = integer(environment, "SLURM_LOCALID", 0)
             own = 0 if gpus == 1 else None  # with --gpus-per-task=1 each task sees its own GPU, numbered 0
             process = Process(rank, world_size, local, on_node, url, dist_backend, own, node)
             return process, False, overridden("srun", *list(given)[:4])
         dist_url, note = url, overridden("srun", "--world-size", "--rank")
     elif "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = whole(environment, "RANK"), whole(environment, "WORLD_SIZE")
+        rank, world_size = integer(environment, "RANK"), integer(environment, "WORLD_SIZE")
         many, note = True, ["--world-size", "--rank"]
         if "MASTER_ADDR" in environment:
             dist_url, note = meeting_point(environment), [*note, "--dist-url"]
@@ -138,8 +138,8 @@ def plan(
     return first, on_node > 1, note
 
 
-def whole(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A whole number of the environment; UsageError if it is none."""
+def integer(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """An environment variable as an int; UsageError if it is not one."""
     text = environment.get(name, default)
     try:
         return int(text)
@@ -153,7 +153,7 @@ def tasks_here(environment: Mapping[str, str]) -> int:
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
         if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
             tasks += [int(match[1])] * int(match[2] or 1)
-    node = whole(environment, "SLURM_NODEID", 0)
+    node = integer(environment, "SLURM_NODEID", 0)
     return tasks[node] if node < len(tasks) else 1
 
 
@@ -167,8 +167,8 @@ def meeting_point(environment: Mapping[str, str]) -> str:
         if nodes[len(host) :].startswith("["):
             prefix, numbers, suffix = re.match(r"([^\[]*)\[(\w+)[^\]]*\]([^,\[]*)", nodes).groups()
             host = prefix + numbers + suffix
-    step = whole(environment, "SLURM_JOB_ID", 0) + whole(environment, "SLURM_STEP_ID", 0)
-    return f"tcp://{host}:{whole(environment, 'MASTER_PORT', 10001 + step % 10000)}"
+    step = integer(environment, "SLURM_JOB_ID", 0) + integer(environment, "SLURM_STEP_ID", 0)
+    return f"tcp://{host}:{integer(environment, 'MASTER_PORT', 10001 + step % 10000)}"
 
 
 def check_port(url: str) -> None:
@@ -193,16 +193,16 @@ def check_port(url: str) -> None:
 def complain(error: UsageError | RunError, process: Process | None = None) -> None:
     """One line on stderr, with rank and host where there are several processes, and the error's exit status.
 
-    Each machine prints one: of its processes the first that comes here. The others wait for it, since whoever starts
-    them ends all with the first that fails. Without a group, or when rank 0 is gone, the first process of a machine
-    prints it; `error.alone` marks what only one process has met.
+    On each machine the first process to get here prints it. The others wait, because the launcher ends all processes
+    once one has failed. Without a group, or when rank 0 is gone, the machine's first process prints it. `error.alone`:
+    perhaps only this process has the error, so it prints it itself.
     """
     several = process is not None and process.world_size > 1
     said = first = None
     if watch is not None:
         watch.stop()
         if isinstance(error, LostError):
-            if process.on_node > 1:  # whoever started it may know more, and ends it
+            if process.on_node > 1:  # its launcher may know more, and ends it
                 time.sleep(GRACE + 2)
             said = watch.failure()
         else:
@@ -307,7 +307,7 @@ def join_group(process: Process, device: torch.device) -> None:
 
 
 def start_watch(process: Process) -> None:
-    """Of the other processes: over a connection of its own to where they have met."""
+    """Watches the other processes, over a connection of its own to the store where they met."""
     global watch
     place_of_store = urlparse(process.url)
     host, port = place_of_store.hostname, place_of_store.port
@@ -329,7 +329,7 @@ def start_watch(process: Process) -> None:
 def leave_group() -> None:
     global watch
     if dist.is_initialized():
-        dist.barrier()  # rank 0 keeps what the others watch
+        dist.barrier()  # rank 0 hosts the store that the others watch
         if watch is not None:
             watch.stop()
             watch = None
@@ -337,7 +337,7 @@ def leave_group() -> None:
 
 
 def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
-    """The error as the user is told it, or itself if it is a defect of the program."""
+    """The error to report to the user, or the given one if it is a bug."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         advice = "a smaller -b or --moco-k may fit"
         if isinstance(error, torch.OutOfMemoryError):

@@ -1,8 +1,8 @@
 """The objectives, as pure functions of logits and masks.
 
 Notation: row i of `logits` is a query, column a is a member of its contrast set A(i); logits[i, a] = s(i, a) =
-q_i . a / T. `positives` marks P(i), the members of A(i) with the query's label. Everything is computed in float32
-whatever comes in: bfloat16 has too few digits for a log-sum-exp over 65,536 keys.
+q_i . a / T. `positives` marks P(i), the members of A(i) with the query's label. Everything is computed in
+float32, whatever the input: bfloat16 has too few digits for a log-sum-exp over 65,536 keys.
 """
 
 import torch

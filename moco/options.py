@@ -91,14 +91,14 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
         default=False,
         help="cosine schedule from lr to 0, instead of --schedule",
     )
-    text = "epochs of linear warm-up from 0 (default: 5; without a queue, 10 from lr 0.01 for batches over 256, else 0)"
+    text = "epochs of linear warm-up; without a queue 10 for batches over 256, and none up to 256 (default: 5)"
     add("--warm-up", type=count, default=5, metavar="N", help=text)
     text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
     add("--aug-plus", action="store_true", help=text)
     add = parser.add_argument_group("beyond the reference").add_argument
     text = "epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)"
     add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
-    text = "first layers of the ResNet (default: cifar up to 64 pixels, else imagenet)"
+    text = "first layers of torchvision's ResNets (default: cifar up to 64 pixels, else imagenet)"
     add("--stem", choices=("cifar", "imagenet"), help=text)
     text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
     add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
@@ -274,7 +274,7 @@ def launching(args: Namespace) -> dict:
 
 
 def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict) -> Namespace:
-    """The final value of every option of a pretraining script; `saved`: the options of the checkpoint to go on from."""
+    """The final value of every option of a pretraining script; `saved`: the options of the checkpoint to resume."""
     args = resolve(args, device)
     args.objective, args.groups = objective, distributed.world_size() * args.bn_splits
     args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")

@@ -40,12 +40,12 @@ def main(
 
 
 def train(model_class: type[nn.Module], method: options.Method, args: Namespace, device: torch.device) -> None:
-    """Resolves the options, loads the images and the checkpoint to go on from, and trains."""
+    """Resolves the options, loads the images and the checkpoint to resume, and trains."""
     path = checkpoint.find(args.resume, args.output_dir, device)
     saved = checkpoint.load(path) if path else None
     if saved and "optimizer" not in saved:
         raise UsageError(
-            f"'{path}' holds weights alone: training cannot go on from it (main_lincls.py --pretrained can)"
+            f"'{path}' holds weights alone: training cannot be resumed from it (main_lincls.py --pretrained takes it)"
         )
     args = options.resolve_pretraining(args, device, model_class.__name__, saved["options"] if saved else {})
     if saved:
@@ -76,7 +76,7 @@ def fit(
     saved: dict | None = None,
     path: str | None = None,
 ) -> None:
-    """The training loop. `args`: resolved. `saved`: the checkpoint to go on from, read from `path`."""
+    """The training loop. `args`: resolved. `saved`: the checkpoint to resume, read from `path`."""
     args.images, args.classes = len(split), split.classes
     steps = len(split) // args.batch_size
     args.compile = options.compiles(args, steps, device)
@@ -227,7 +227,7 @@ def introduce(args, device, model_class, split, steps, epoch, step):
 
 
 def describe(epoch, row, args):
-    """The line that answers "is a loss near log K normal?"."""
+    """The line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:
         text += (

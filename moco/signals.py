@@ -1,4 +1,4 @@
-"""What SIGTERM and its like ask for: that the run comes to a point where it can save and leave."""
+"""SIGTERM, SIGINT and SIGUSR1: a run finishes its step, saves and leaves."""
 
 import signal
 
@@ -16,7 +16,7 @@ class Interruption:
 
     @property
     def alone(self) -> bool:
-        """Need not wait for the other processes' next look at it."""
+        """Asked to stop, and there is no other process that must agree."""
         return bool(self.asked) and distributed.world_size() == 1
 
     def __enter__(self):
@@ -35,12 +35,12 @@ class Interruption:
     def leave(self, writer, when: str) -> None:
         """Ends this process when its checkpoint is written, as all processes have agreed."""
         writer.finish()
-        say(f"stopped {when}; --resume auto goes on from there")
-        distributed.barrier()  # rank 0 has saved: whoever started the processes ends all when one is gone
+        say(f"stopped {when}; --resume auto continues from there")
+        distributed.barrier()  # rank 0 has saved by now: the launcher ends all processes once one is gone
         raise SystemExit(128 + (self.asked or signal.SIGTERM))
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Of loader processes: the training process answers signals, and still needs them for its last step."""
+    """For data-loading workers: the training process handles signals, and needs its workers for the last step."""
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Each process shows the others that it lives, and learns when one of them has failed: a collective of NCCL would not.
+"""A thread that notices when another process has failed: an NCCL collective would wait for it without end.
 
-All of it goes through the store where the processes have met, in a few bytes a second.
+Heartbeats go through the store where the processes met, a few bytes a second.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-EVERY = 2  # seconds between two signs of life
-LOST = 30  # seconds without one after which a process counts as dead
+EVERY = 2  # seconds between two heartbeats
+LOST = 30  # seconds without a heartbeat after which a process counts as dead
 GRACE = 10  # seconds in which the training thread may notice itself, before this one ends the process
 GONE = (ConnectionError, RuntimeError)  # how the store fails when rank 0 is gone
 
 
 class Watch:
-    """A thread that watches the next rank, and what any rank has told; a failure reaches all.
+    """A thread that watches the next rank, and what any rank has reported; a failure reaches all.
 
     Args:
         host, port: of the store. node: this machine's number.
@@ -39,10 +39,10 @@ class Watch:
         self.place = f"rank {rank} on {socket.gethostname()}"
         self.stopped = threading.Event()
         self.broken = False  # the store is gone
-        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
-    def look(self) -> None:
+    def run(self) -> None:
         sign, silent = None, 0
         for beat in itertools.count():
             try:
@@ -53,7 +53,7 @@ class Watch:
                 silent = silent + EVERY if sign == before else 0
                 if silent >= LOST:
                     who = sign.partition(" ")[2] if sign else f"rank {self.next}"
-                    self.store.set("failed", f"{who} has given no sign of life for {LOST} seconds")
+                    self.store.set("failed", f"{who} has sent no heartbeat for {LOST} seconds")
                 failure = self.read("failed")
             except GONE:
                 self.broken, failure = True, "rank 0 cannot be reached"
@@ -75,19 +75,19 @@ class Watch:
         return self.store.get(name).decode() if self.store.check([name]) else None
 
     def tell(self, text: str) -> None:
-        """The other processes why this one fails; the first failure counts."""
+        """Tells the other processes why this one fails; the first failure counts."""
         with contextlib.suppress(*GONE):
             self.check()
             self.store.compare_set("failed", "", text)
 
     def failure(self) -> str | None:
-        """What a process has told."""
+        """The failure that a process has reported, if any."""
         with contextlib.suppress(*GONE):
             return self.read("failed")
         return None
 
     def first_of_node(self) -> bool | None:
-        """Is this the first process of its machine to ask? None: rank 0 is gone, who would know."""
+        """Whether this is the first process of its machine to ask; None if rank 0, and the store with it, is gone."""
         with contextlib.suppress(*GONE):
             self.check()
             return self.store.add(f"failed/{self.node}", 1) == 1

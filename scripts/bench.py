@@ -136,7 +136,7 @@ def bench_views(show, gpu, rounds):
 
 
 def bench_folder(show, rounds, count=24):
-    """What a loader process does for a JPEG of 500 x 375 and two views of 224, on one core: against torchvision."""
+    """A data-loading worker's work for a JPEG of 500 x 375 and two views of 224, on one core, against torchvision's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     recipe = replace(augment.AUG_PLUS, size=224)

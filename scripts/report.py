@@ -291,7 +291,7 @@ def speed(benches):
     lines.append("|---" * (len(benches) + 1) + "|")
     for key, title in FIGURES.items():
         digits = 0 if key == "images_per_second" else 2
-        lines.append(f"| {title} | " + " | ".join(f"{b[key]:,.{digits}f}" for b in benches) + " |")
+        lines.append(f"| {title} | " + " | ".join(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches) + " |")
     for title, key in (("measured", "measured"), ("command", "command")):
         lines.append(
             f"| {title} | " + " | ".join(f"`{b[key]}`" if key == "command" else b[key] for b in benches) + " |"

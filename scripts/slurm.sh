@@ -4,7 +4,7 @@
 #     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.12 -b 256 ... data/
 #
 # From the folder of the repository, with the Python environment activated. Without a command it trains the README's.
-# Two minutes before the time limit the run saves its step and the job is queued again; it goes on from there, as
+# Two minutes before the time limit the run saves its step and the job is queued again; it continues from there, as
 # it does after preemption and after the failure of a node. See docs/clusters.md.
 #
 #SBATCH --job-name=moco

@@ -139,7 +139,7 @@ def test_folders_of_the_linear_evaluation(run, folder, tmp_path):
 
 
 def test_broken_image_among_large_ones(run, folder, tmp_path):
-    """Decoded by loader processes: named all the same."""
+    """Decoded by data-loading workers: named all the same."""
     large = folder("large", train=8, size=(120, 100))
     (large / "train/cat/5.png").write_bytes(b"GIF89a, perhaps")
     for workers in (0, 2):
@@ -380,7 +380,7 @@ def test_a_disk_that_fills_up_stops_the_run(run, tmp_path, monkeypatch):
     before = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
     monkeypatch.setattr(os, "fsync", full)
     done = run("main_moco.py", TINY_MOCO, "--epochs 3 --resume auto --output-dir", tmp_path)
-    refused(done, 1, "checkpoint_last.pth.tar' could not be written", "the one before it is whole")
+    refused(done, 1, "checkpoint_last.pth.tar' could not be written", "the previous one is intact")
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before
 
 

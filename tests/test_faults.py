@@ -126,8 +126,8 @@ def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):
     assert [int(row["epoch"]) for row in rows(tmp_path / "linear.csv")] == list(range(saved["epoch"]))
 
 
-def test_loader_processes_end_with_a_run_that_fails(folder, tmp_path):
-    """They are deaf to signals, the one that Python sends them at its end too."""
+def test_workers_end_with_a_run_that_fails(folder, tmp_path):
+    """They ignore signals, including the one that Python sends them when it ends."""
     large = folder("large", train=8, size=(120, 100))
     (large / "train/cat/5.png").write_bytes(b"GIF89a, perhaps")
     words = f"-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 -j 2 --output-dir {tmp_path} {large}"
@@ -175,7 +175,7 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     "script, last", [("main_moco.py", "checkpoint_last.pth.tar"), ("main_lincls.py", "linear_last.pth.tar")]
 )
 def test_only_one_of_two_machines_finds_the_checkpoint(script, last, tmp_path):
-    """It would go on while the other one begins."""
+    """It would resume while the other one starts anew."""
     words = f"{TINY} --resume auto --world-size 2 --dist-url tcp://localhost:{free_port()} --output-dir".split()
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()

@@ -1,4 +1,4 @@
-"""Image folders of any size: decoded and cropped once in loader processes, the rest of the views on the device."""
+"""Image folders of any size: decoded and cropped once by workers, the rest of the views on the device."""
 
 import math
 import os
@@ -202,7 +202,7 @@ def test_validation_remembers_no_sizes(photos):
         shown = list(batches.Centres(split, centre, 3, torch.device("cpu"), workers))
         assert [len(labels) for _, labels in shown] == [3, 3, 2]
         assert torch.cat([labels for _, labels in shown]).tolist() == split.labels.tolist()
-        assert torch.equal(shown[1][0][0], centre.normalise(batches.Whole(split, centre)[3][None])[0])
+        assert torch.equal(shown[1][0][0], centre.normalise(batches.CentreCrops(split, centre)[3][None])[0])
     assert augment.resizing.cache_info().currsize == before
 
 
@@ -328,7 +328,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(run, photos, tmp_path, monk
     monkeypatch.setattr(batches.Crops, "__getitem__", lambda self, item: os.kill(os.getpid(), signal.SIGKILL))
     done = run("main_moco.py", MOCO, "-j 2 --output-dir", tmp_path / "out", photos())
     assert done.status == 1 and len(done.err.splitlines()) == 1
-    assert "a loader process died" in done.err
+    assert "a data-loading worker died" in done.err
 
 
 def test_too_little_shared_memory(run, photos, tmp_path, monkeypatch):

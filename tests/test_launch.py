@@ -170,7 +170,7 @@ def test_a_survivor_that_nothing_wakes_is_ended():
     for victim, runs in enumerate(pairs):
         out = runs[1 - victim].communicate(timeout=60)[0]
         runs[victim].communicate(timeout=60)
-        silent = f"rank 1 on {socket.gethostname()} has given no sign of life"
+        silent = f"rank 1 on {socket.gethostname()} has sent no heartbeat"
         assert (silent if victim else "rank 0 cannot be reached") in out and f"(rank {1 - victim} on " in out, out
         assert runs[1 - victim].returncode == 1 and out.count("error: ") == out.count("\n") == 1, out
 
@@ -246,7 +246,7 @@ exit $status
 
 
 def test_the_sbatch_file(tmp_path):
-    """SLURM's signal before the time limit: saved, queued again under the same number, gone on with."""
+    """SLURM's signal before the time limit: saved, queued again under the same number, resumed."""
     for name, text in (("srun", SRUN_SCRIPT), ("scontrol", '#!/bin/bash\necho "$@" > "$BESIDE/scontrol.called"\n')):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

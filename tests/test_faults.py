@@ -146,7 +146,7 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
         assert ("going on with epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
         os.kill(run.pid, number)
         out = run.communicate(timeout=60)[0]
-        assert run.returncode == status and "--resume auto goes on" in out and "Traceback" not in out, out
+        assert run.returncode == status and "--resume auto continues" in out and "Traceback" not in out, out
     assert checkpoint.load(tmp_path / "in-200-tiny-seed0/checkpoint_last.pth.tar")["options"]["epochs"] == 200
 
 

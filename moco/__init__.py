@@ -1,7 +1,18 @@
 """Supervised contrastive learning with momentum contrast: MoCo v2 with a label-aware queue."""
 
+from typing import TYPE_CHECKING
 
-def load_encoder(path, device="cpu"):
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+    from PIL import Image
+
+
+def load_encoder(
+    path: "str | Path", device: "torch.device | str" = "cpu"
+) -> "tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]":
     """The encoder in a checkpoint, and the preprocessing that its evaluation uses.
 
     Args:

@@ -260,12 +260,12 @@ def bench_long_run(show, gpu, steps=2000):
 
 
 class Plain(builder.MoCoOut):
-    """Every speed-up off: float32 without TF32, channels first, images gathered for the shuffle (of processes)."""
+    """Every speed-up off: float32, channels first, images gathered for the shuffle (of processes)."""
 
     shuffle_keys = False
 
     def to(self, device, memory_format=None):
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = False
         return super().to(device)
 
     def forward(self, im_q, im_k, labels):

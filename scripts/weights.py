@@ -66,6 +66,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
             raise RunError(f"'{folder / name}' is missing: '{named[name][0]}' names it")
     dataset = datasets.resolve("auto", data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False
     images = datasets.load(dataset, data, False, device=device)
     wrong = []
     for path in found:

@@ -170,7 +170,8 @@ def reproduce(key, args, seed):
             raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
     begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
     result = collect(folder, ROWS[key].name, begun, seed, args.data)
-    if args.small and not args.per_class:
+    part = args.per_class or "--labels-per-class" in args.pretrain or "--per-class" in args.linear
+    if args.small and not part:  # weights are those of all images and labels
         path = args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
         scores = {name: result[name] for name in ("top1", "top5")} | {
             "epoch": (result["linear_epochs"] or int(epochs)) - 1

@@ -47,9 +47,14 @@ def main():
     args = parser.parse_args()
     try:
         runs, benches = read(args.results)
+        labelled = by_labels(args.results / "labels")
         for page, parts in {
             "README.md": {"rows": rows(runs), "table": table(runs)},
-            "docs/results.md": {"runs": small_table(runs) + full_table(runs), "searches": searches(args.results)},
+            "docs/results.md": {
+                "runs": small_table(runs) + full_table(runs),
+                "labels": labels_table(labelled),
+                "searches": searches(args.results),
+            },
             "docs/imagenet.md": {"large": small_table([r for r in runs if r["dataset"] == "imagefolder"])},
             "docs/speed.md": {"speed": speed(benches)},
         }.items():
@@ -63,6 +68,7 @@ def main():
                 path.write_text(new)
         if not args.check:
             draw(runs, args.results)
+            draw_labels(labelled, args.results)
     except OSError as error:
         launch.complain(RunError(f"'{error.filename}': {error.strerror}"))
     except (UsageError, RunError) as error:
@@ -89,7 +95,7 @@ def rows(runs):
     """README's table of measured rows: the small network, each method at its longest."""
     table = [("", "epochs", "kNN", "top-1 / top-5", "core-hours", "weights")]
     for mine in measured(runs):
-        cpu = [r["cpu_seconds"] / 3600 for r in mine if r.get("cpu_seconds")]
+        cpu = [r["cpu_seconds"] / 3600 for r in mine if r.get("cpu_seconds") and not on_gpu(r)]
         files = [r["weights"]["file"] for r in mine if r.get("weights")]
         weights = f"[{Path(files[0]).name}]({files[0]})" if files else ""
         table.append((mine[0]["row"], mine[0]["epochs"], knn(mine), ours(mine)[0], spread(cpu, 1), weights))
@@ -163,6 +169,26 @@ def searches(folder):
     return "\n".join(lines) + "\n"
 
 
+def by_labels(folder):
+    """Of runs on some of the labels: method -> labels a class -> run."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        run = results.read(path)
+        given = dict(pairwise(" ".join(run["commands"]).split()))
+        number = int(given.get("--labels-per-class") or given["--per-class"])
+        found.setdefault(run["row"], {})[number] = run
+    return {row: dict(sorted(found[row].items())) for row in sorted(found, key=order)}
+
+
+def labels_table(labelled):
+    """Accuracy by the number of labels a class, a method a line."""
+    numbers = sorted({number for runs in labelled.values() for number in runs})
+    lines = [cells("top-1 (kNN), labels a class:", *(f"{n:,}" for n in numbers)), "|---" * (len(numbers) + 1) + "|"]
+    for row, runs in labelled.items():
+        lines.append(cells(row, *(f"{runs[n]['top1']:.1f} ({runs[n]['knn']:.1f})" if n in runs else "" for n in numbers)))
+    return "\n".join(lines) + "\n"
+
+
 def cells(*values):
     return f"| {' | '.join(str(value) for value in values)} |"
 
@@ -226,6 +252,10 @@ def is_full(run):
     return (run["arch"], run["dataset"], run["images"]) == ("resnet50", "cifar10", 50_000)
 
 
+def on_gpu(run):
+    return not run["hardware"]["name"].startswith("cpu")
+
+
 def order(name):
     return [row.name for row in ROWS.values()].index(name)
 
@@ -281,6 +311,22 @@ def draw(runs, folder):
     figure.legend(*handles, loc="lower center", ncols=min(10, len(handles[1])), frameon=False, markerscale=3)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(folder / "embeddings.png", dpi=90)
+    plt.close(figure)
+
+
+def draw_labels(labelled, folder):
+    """labels.png: accuracy by the number of labels a class."""
+    if not labelled:
+        return
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for row, runs in labelled.items():
+        axes.plot(list(runs), [run["top1"] for run in runs.values()], f"C{order(row)}o-", label=row)
+    numbers = sorted({number for runs in labelled.values() for number in runs})
+    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1 in %")
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(folder / "labels.png", dpi=90)
     plt.close(figure)
 
 

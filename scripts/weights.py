@@ -87,4 +87,4 @@ def accuracy(path: Path, images: datasets.Split, device: torch.device) -> tuple[
     network, centre, classes = inference.load(path)
     checkpoint.compare_classes(classes, images.classes, path)
     network = evaluate.frozen(network, keep_fc=True).to(device)
-    return evaluate.accuracy(network, images, centre, 500, device)[:2]
+    return evaluate.accuracy(network, images, centre, 250, device)[:2]

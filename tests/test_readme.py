@@ -132,11 +132,16 @@ def test_a_report_of_two_methods(run, tmp_path):
     for name, seed in (("MoCo v2", 0), ("MoCo v2", 1), ("SupContrast", 0)):
         content = on_file(name, seed=seed, top1=61.4 + seed)
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(content))
+    (tmp_path / "labels").mkdir()
+    for labels in (25, 400):
+        content = on_file("MoCo v2", commands=[f"python main_moco.py --labels-per-class {labels} data/"])
+        (tmp_path / "labels" / f"{labels}.json").write_text(json.dumps(content))
     done = run("scripts/report.py", *words, "--check")
     assert done.status == 1 and "make report" in done.err
     done = run("scripts/report.py", *words)
     assert done.status == 0, done.err
     text = (pages / "docs/results.md").read_text()
+    assert "| MoCo v2 | 61.4 (40.0) | 61.4 (40.0) |" in text and (tmp_path / "labels.png").exists()
     assert "| MoCo v2 | cifar10 | resnet20 | 2 |" in text and "61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)" in text
     assert "| MoCo v2 | 2 | 40.0 ± 0.0 (2 seeds) | 61.9 ± 0.7" in (pages / "README.md").read_text()
     for name in ("curves", "embeddings"):
@@ -195,7 +200,8 @@ def test_rows_and_recipes(run):
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
     for path in (ROOT / "results").glob("*-resnet20-60ep-seed*.json"):  # what is on file is what is said to be
-        lines = run("scripts/reproduce.py", "--small --print", path.name.split("-cpu")[0]).out.splitlines()
+        row = re.split("-cpu|-h100|-h200", path.name)[0]
+        lines = run("scripts/reproduce.py", "--small --print", row).out.splitlines()
         for mine, line in zip(json.loads(path.read_text())["commands"], lines, strict=True):
             wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]
             assert mine.startswith(wanted + " "), path.name

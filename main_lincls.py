@@ -8,6 +8,8 @@ in model_best.pth.tar, with its encoder; this evaluates it again:
     python main_lincls.py -e --resume model_best.pth.tar data/
 """
 
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -16,9 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, logs, options
 from moco.batches import Batches
+from moco.datasets import Split
 from moco.epoch import Record, autocast, resume, set_learning_rate
 from moco.errors import RunError, UsageError
 from moco.logs import say
@@ -28,12 +32,12 @@ LAST, BEST = "linear_last.pth.tar", "model_best.pth.tar"
 COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds", "cpu_seconds"]
 
 
-def main():
+def main() -> None:
     args = options.linear_parser(__doc__).parse_args()
     launch.launch(partial(evaluate_linear, args), **options.launching(args))
 
 
-def evaluate_linear(args, device):
+def evaluate_linear(args: Namespace, device: torch.device) -> None:
     """Loads encoder and images, then evaluates or trains a classifier."""
     args.resume = checkpoint.find(args.resume, args.output_dir, device, LAST)
     source, saved, weights = read(args)
@@ -77,7 +81,7 @@ def evaluate_linear(args, device):
     train(args, device, encoder, features, validate, split, source, saved)
 
 
-def read(args):
+def read(args: Namespace) -> tuple[str, dict, dict[str, Tensor]]:
     """The checkpoint of --resume or --pretrained: its path, its content, its encoder's weights."""
     source = args.resume or args.pretrained
     if source is None:
@@ -96,7 +100,7 @@ def read(args):
     return source, saved, weights
 
 
-def check_source(weights, pretrained, args):
+def check_source(weights: dict[str, Tensor], pretrained: dict[str, Tensor], args: Namespace) -> None:
     """UsageError: the classifier to resume was trained on another encoder than --pretrained."""
     for name, value in weights.items():
         if not name.startswith("fc.") and not (name in pretrained and torch.equal(value, pretrained[name])):
@@ -106,7 +110,16 @@ def check_source(weights, pretrained, args):
             )
 
 
-def train(args, device, encoder, features, validate, split, source, saved):
+def train(
+    args: Namespace,
+    device: torch.device,
+    encoder: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    validate: Callable[[], tuple[float, float, Tensor]],
+    split: Split,
+    source: str,
+    saved: dict,
+) -> None:
     """Trains `encoder.fc` on the frozen features, and validates it after each epoch."""
     classifier = encoder.fc
     batches = Batches(
@@ -190,7 +203,15 @@ def train(args, device, encoder, features, validate, split, source, saved):
     say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
 
 
-def save(writer, encoder, optimizer, epoch, best, args, more):
+def save(
+    writer: checkpoint.Writer,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    best: dict | None,
+    args: Namespace,
+    more: dict,
+) -> None:
     """`epoch` epochs are complete; `more`: the last one's confusion matrix, or what a begun one has seen so far."""
     checkpoint.check_finite(encoder.fc.state_dict(), f"after {epoch} epochs")
     if distributed.rank() != 0:

@@ -5,7 +5,7 @@ and blurs are linear in rows and in columns, so that each is two batched matrix 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -85,7 +85,7 @@ class Recipe:
                 return int(draws[-2] * (height - h + 1)), int(draws[-1] * (width - w + 1)), h, w
         return self.central_crop(height, width)
 
-    def crops(self, uniform, height, width):
+    def crops(self, uniform: Callable[..., Tensor], height: int, width: int) -> Tensor:
         """(count, 4): RandomResizedCrop's first of ten attempts that fits into the image, else its central crop."""
         log_ratio = [math.log(r) for r in self.ratio]
         area = height * width * torch.stack([uniform(*self.scale) for _ in range(ATTEMPTS)], 1)
@@ -201,18 +201,18 @@ class Views:
 # one over the columns (N, 3H, W), and neither needs a copy.
 
 
-def column(parameters, which):
+def column(parameters: Tensor, which: int) -> Tensor:
     return parameters[:, which, None, None, None]
 
 
-def rows_first(images):
+def rows_first(images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8 -> (N, H, 3, W) float32."""
     n, c, h, w = images.shape
     out = torch.empty(n, h, c, w, device=images.device)
     return out.copy_(images.transpose(1, 2))
 
 
-def linear(x, by_rows, by_columns):
+def linear(x: Tensor, by_rows: Tensor, by_columns: Tensor) -> Tensor:
     """x (N, H, 3, W) -> (N, S, 3, S), with the matrices (N, S, H) and (N, S, W)."""
     n, height, channels, width = x.shape
     x = torch.bmm(by_rows, x.reshape(n, height, channels * width))
@@ -220,7 +220,7 @@ def linear(x, by_rows, by_columns):
     return x.view(n, by_rows.shape[1], channels, by_columns.shape[1])
 
 
-def triangles(start, length, size, out, flip=None):
+def triangles(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
     """(N, out, size): the weights with which Pillow's bilinear filter resizes `length` pixels from `start` on to `out`.
 
     Of an output pixel, a triangle around its place in the input, as wide as one input pixel or one output pixel,
@@ -241,7 +241,7 @@ def triangles(start, length, size, out, flip=None):
     return weight.div_(weight.sum(2, keepdim=True))
 
 
-def crop(images, parameters, size):
+def crop(images: Tensor, parameters: Tensor, size: int) -> Tensor:
     """RandomResizedCrop and horizontal flip: (N, 3, H, W) uint8 -> (N, S, 3, S) float32."""
     height, width = images.shape[2:]
     by_rows = triangles(parameters[:, TOP], parameters[:, HEIGHT], height, size)
@@ -249,7 +249,7 @@ def crop(images, parameters, size):
     return linear(rows_first(images), by_rows, by_columns)
 
 
-def flip(images, parameters, size):
+def flip(images: Tensor, parameters: Tensor, size: int) -> Tensor:
     """Horizontal flip alone: (N, 3, S, S) uint8 -> (N, S, 3, S) float32."""
     x = rows_first(images)
     return torch.where(column(parameters, FLIP) > 0, x.flip(3), x)
@@ -262,27 +262,27 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
-def luminance(x):
+def luminance(x: Tensor) -> Tensor:
     """(N, H, 1, W) of (N, H, 3, W)."""
     red, green, blue = x.split(1, dim=2)
     return (red * GRAY_WEIGHTS[0]).add_(green, alpha=GRAY_WEIGHTS[1]).add_(blue, alpha=GRAY_WEIGHTS[2])
 
 
-def brightness(x, factor):
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
     return (x * factor).clamp_(0, 255)
 
 
-def contrast(x, factor):
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
     # Pillow's mean: of the gray image in whole numbers, and a whole number itself.
     mean = luminance(x).round_().mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
     return torch.lerp(mean, x, factor).clamp_(0, 255)
 
 
-def saturation(x, factor):
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
     return torch.lerp(luminance(x), x, factor).clamp_(0, 255)
 
 
-def hue(x, shift):
+def hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift`, with HSV's value and saturation kept, in torchvision's float arithmetic."""
     red, green, blue = x.split(1, dim=2)
     value = torch.maximum(red, green).maximum(blue)
@@ -298,18 +298,18 @@ def hue(x, shift):
     return torch.cat(out, dim=2).clamp_(0, 1).mul_(chroma).add_(lowest)
 
 
-def gray(x, applied):
+def gray(x: Tensor, applied: Tensor) -> Tensor:
     return torch.lerp(x, luminance(x), applied)
 
 
-def blur(x, radius):
+def blur(x: Tensor, radius: Tensor) -> Tensor:
     """Pillow's GaussianBlur: three passes of an extended box, the edge repeated at each of them."""
     box = boxes(radius, x.shape[1])
     thrice = box @ box @ box
     return linear(x, thrice, thrice)
 
 
-def boxes(radius, size):
+def boxes(radius: Tensor, size: int) -> Tensor:
     """(N, size, size): one pass of Pillow's extended box blur over `size` pixels.
 
     The box has 2 * whole + 1 pixels of equal weight and one fractional pixel at each end, so that three passes have
@@ -331,13 +331,13 @@ def boxes(radius, size):
     return box.div_(2 * reach + 1)
 
 
-def finish(x, mean, std):
+def finish(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(N, S, 3, S) in 0..255 -> (N, 3, S, S) normalised, channels last."""
     x = (x - mean).div_(std)
     return x.transpose(2, 3).contiguous().permute(0, 3, 1, 2)
 
 
-def statistics(mean, std, device):
+def statistics(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> list[Tensor]:
     return constants(tuple(mean), tuple(std), torch.device(device))
 
 
@@ -345,7 +345,7 @@ def statistics(mean, std, device):
 
 
 @cache
-def constants(mean, std, device):
+def constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> list[Tensor]:
     return [255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1) for values in (mean, std)]
 
 
@@ -392,7 +392,7 @@ class Centre:
 
 
 @cache  # of images in memory, which have one size
-def resizing(size, out, device):
+def resizing(size: int, out: int, device: torch.device) -> Tensor:
     """(1, out, size): resizes a whole row of pixels."""
     start, length = torch.tensor([[0.0], [size]], device=device)
     return triangles(start, length, size, out)

@@ -29,7 +29,7 @@ IMAGES, KEYS, PARAMETERS, JITTER, PILLOW, CROPS = range(6)
 SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
 
 
-def generator(*numbers):
+def generator(*numbers: int) -> torch.Generator:
     """A torch.Generator seeded with all of these whole numbers."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
@@ -313,7 +313,7 @@ def for_workers(split: Split) -> Split:
     return split if split.paths is None else replace(split, paths=PathArray(split.paths))
 
 
-def collate(empty, items):
+def collate(empty: Tensor, items: list) -> tuple[Tensor | RunError, int | None, float]:
     """A batch or the error of an item; the worker that made it, if any, and the worker's processor time so far."""
     broken = next((item for item in items if isinstance(item, Exception)), None)
     worker = get_worker_info()

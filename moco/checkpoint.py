@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
         raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
 
 
-def link_or_copy(path, name):
+def link_or_copy(path: Path, name: str) -> None:
     tmp = name.with_name(name.name + ".tmp")
     tmp.unlink(missing_ok=True)
     try:
@@ -86,7 +87,7 @@ def link_or_copy(path, name):
     os.replace(tmp, name)
 
 
-def on_host(content):
+def on_host(content: Any) -> Any:
     """A copy in host memory. Tensors on a GPU are copied asynchronously: synchronise before reading."""
     if isinstance(content, torch.Tensor):
         content = content.detach()
@@ -106,7 +107,7 @@ class Writer:
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
 
-    def save(self, path, checkpoint, kept=None):
+    def save(self, path: Path, checkpoint: dict, kept: str | None = None) -> None:
         """`save`, of the checkpoint as it is now."""
         self.finish()
         content = on_host(checkpoint)
@@ -116,12 +117,12 @@ class Writer:
         self.writing = self.thread.submit(self.write, copied, path, content, kept)
 
     @staticmethod
-    def write(copied, path, content, kept):
+    def write(copied: torch.cuda.Event | None, path: Path, content: dict, kept: str | None) -> None:
         if copied:
             copied.synchronize()
         save(path, content, kept)
 
-    def finish(self):
+    def finish(self) -> None:
         """Waits for the last one; raises the RunError that it ended with."""
         if self.writing:
             self.writing.result()

@@ -51,7 +51,7 @@ def names() -> list[str]:
 class PadShortcut(nn.Module):
     """Option A of He et al.: every second pixel, the new channels filled with zeros, no parameters."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.channels = channels
 
@@ -67,7 +67,7 @@ class resnet20(nn.Module):
     (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 MFLOP (multiply-adds) an image of 32x32.
     """
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -82,7 +82,7 @@ class resnet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def stage(width_in, width, stride):
+    def stage(width_in: int, width: int, stride: int) -> nn.Sequential:
         shortcut = PadShortcut(width) if stride != 1 else None
         first = BasicBlock(width_in, width, stride, shortcut)
         return nn.Sequential(first, BasicBlock(width, width), BasicBlock(width, width))

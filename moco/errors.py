@@ -12,12 +12,12 @@ class RunError(Exception):
 
     status = 1
 
-    def __init__(self, text, alone=False):
+    def __init__(self, text: str, alone: bool = False):
         """`alone`: perhaps only this process has the error, so it prints it itself."""
         super().__init__(text)
         self.alone = alone
 
 
-def one_line(text):
+def one_line(text: object) -> str:
     """The text with line breaks and other control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

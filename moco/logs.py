@@ -94,7 +94,7 @@ class Progress:
             f"ETA {timedelta(seconds=round(left))}"
         )
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -124,7 +124,7 @@ class Log:
         except OSError as error:
             raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
 
-    def write(self, rows):
+    def write(self, rows: Iterable[dict]) -> None:
         tmp = self.path.with_name(self.path.name + ".tmp")
         with open(tmp, "w", newline="") as file:
             table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
@@ -147,7 +147,7 @@ class Log:
         except OSError as error:
             raise RunError(f"'{self.path}' or tensorboard/ next to it cannot be written: {error.strerror}") from None
 
-    def close(self):
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 

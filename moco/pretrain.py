@@ -159,11 +159,13 @@ def fit(
     log.close()
 
 
-def knn_is_due(args, epoch):
+def knn_is_due(args: Namespace, epoch: int) -> bool:
     return args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs)
 
 
-def measure(model, args, epoch, split, validation, device):
+def measure(
+    model: nn.Module, args: Namespace, epoch: int, split: Split, validation: Split, device: torch.device
+) -> dict[str, float]:
     """The encoder's kNN accuracy, where it is due, and a classifier's own accuracy."""
     found = {}
     centre = augment.Centre(args.image_size, args.mean, args.std)
@@ -178,7 +180,14 @@ def measure(model, args, epoch, split, validation, device):
     return found
 
 
-def save(writer, args, model, optimizer, epoch, begun=None):
+def save(
+    writer: checkpoint.Writer,
+    args: Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    begun: dict | None = None,
+) -> None:
     """`epoch` epochs are complete; `begun`: what the next one has seen so far, see Record.state."""
     if begun:
         average_statistics(model)
@@ -198,7 +207,7 @@ def save(writer, args, model, optimizer, epoch, begun=None):
     writer.save(Path(args.output_dir, checkpoint.LAST), content | (begun or {}), name)
 
 
-def average_statistics(model):
+def average_statistics(model: nn.Module) -> None:
     """Batch norm's running statistics become their mean over the processes, as they would be in one process."""
     running = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if distributed.world_size() > 1:
@@ -206,7 +215,9 @@ def average_statistics(model):
         torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
 
 
-def introduce(args, device, model_class, split, steps, epoch, step):
+def introduce(
+    args: Namespace, device: torch.device, model_class: type[nn.Module], split: Split, steps: int, epoch: int, step: int
+) -> None:
     processes = distributed.world_size()
     labelled, some = int((split.labels != UNLABELLED).sum()), ""
     if labelled < len(split) or args.labels_per_class is not None:
@@ -226,7 +237,7 @@ def introduce(args, device, model_class, split, steps, epoch, step):
         say(f"note: --warm-up {args.warm_up} takes all of the {args.epochs} epochs")
 
 
-def describe(epoch, row, args):
+def describe(epoch: int, row: dict, args: Namespace) -> None:
     """The line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:

@@ -185,7 +185,9 @@ def labels_table(labelled):
     numbers = sorted({number for runs in labelled.values() for number in runs})
     lines = [cells("top-1 (kNN), labels a class:", *(f"{n:,}" for n in numbers)), "|---" * (len(numbers) + 1) + "|"]
     for row, runs in labelled.items():
-        lines.append(cells(row, *(f"{runs[n]['top1']:.1f} ({runs[n]['knn']:.1f})" if n in runs else "" for n in numbers)))
+        lines.append(
+            cells(row, *(f"{runs[n]['top1']:.1f} ({runs[n]['knn']:.1f})" if n in runs else "" for n in numbers))
+        )
     return "\n".join(lines) + "\n"
 
 

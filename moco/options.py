@@ -4,9 +4,10 @@ import argparse
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -47,12 +48,14 @@ class Method:
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def number(kind, low=-math.inf, high=math.inf, *, above=None):
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, *, above: float | None = None
+) -> Callable[[str], int | float]:
     """An argument type: an int or a float from `low` to `high`, or more than `above`."""
 
     def parse(text):
@@ -112,7 +115,7 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     return parser
 
 
-def moco_options(parser):
+def moco_options(parser: Parser) -> None:
     moco = parser.add_argument_group("momentum contrast")
     add = moco.add_argument
     add("--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)")
@@ -122,35 +125,35 @@ def moco_options(parser):
     add("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
 
 
-def supcon_options(parser):
+def supcon_options(parser: Parser) -> None:
     add = parser.add_argument_group("SupContrast").add_argument
     add("--dim", type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
     add("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
 
 
-def build_moco(model_class, base_encoder, args, classes):
+def build_moco(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
     size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
     return model_class(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
 
 
-def build_supcon(model_class, base_encoder, args, classes):
+def build_supcon(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
     return model_class(base_encoder, args.dim, args.temp, bn_splits=args.bn_splits)
 
 
-def build_classifier(model_class, base_encoder, args, classes):
+def build_classifier(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
     return model_class(base_encoder, classes, bn_splits=args.bn_splits)
 
 
-def views(count, plain):
+def views(count: int, plain: augment.Recipe) -> Callable[[Namespace], list[augment.Recipe]]:
     """The recipe of `count` views: MoCo v2's with --aug-plus, else the method's own."""
     return lambda args: [replace(augment.AUG_PLUS if args.aug_plus else plain, size=args.image_size)] * count
 
 
-def moco_rate(epoch, args):
+def moco_rate(epoch: float, args: Namespace) -> float:
     return moco_learning_rate(epoch, args.lr, args.epochs, args.warm_up, None if args.cos else args.schedule)
 
 
-def supcon_rate(epoch, args):
+def supcon_rate(epoch: float, args: Namespace) -> float:
     return supcon_learning_rate(epoch, args.lr, args.epochs, args.warm_up) if args.cos else moco_rate(epoch, args)
 
 
@@ -173,7 +176,7 @@ def linear_parser(description: str) -> Parser:
     return parser
 
 
-def linear_recipe():
+def linear_recipe() -> dict[str, Any]:
     """The defaults that --recipe stands for; --help needs them before the command line is parsed."""
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     early.add_argument("--recipe")
@@ -193,7 +196,7 @@ def base_parser(description: str, epochs: int, lr: float, weight_decay: float, s
     return parser
 
 
-def training_options(add, epochs, lr, weight_decay, schedule):
+def training_options(add: Callable, epochs: int, lr: float, weight_decay: float, schedule: Sequence[int]) -> None:
     text = "folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to"
     add("data", nargs="?", metavar="DIR", help=text)
     text = (
@@ -219,7 +222,7 @@ def training_options(add, epochs, lr, weight_decay, schedule):
     add("--seed", type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
 
-def process_options(add):
+def process_options(add: Callable) -> None:
     text = "one process for each visible GPU (torchrun and srun work too, and override this, --world-size and --rank)"
     add("--multiprocessing-distributed", action="store_true", help=text)
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
@@ -230,7 +233,7 @@ def process_options(add):
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
 
-def data_options(add):
+def data_options(add: Callable) -> None:
     text = "folder for checkpoints, log.csv and tensorboard/ (default: the current folder)"
     add("--output-dir", default=".", metavar="DIR", help=text)
     text = (
@@ -253,7 +256,7 @@ def data_options(add):
         "in data-loading workers (default: batched)"
     )
     add("--views", choices=("batched", "pil"), default="batched", help=text)
-    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32)"
+    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32; main_lincls.py -e: fp32)"
     add("--precision", choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
@@ -304,6 +307,8 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
         args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
+    if args.evaluate:  # the same number on every device
+        args.precision = args.precision or "fp32"
     args = resolve(args, device)
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)

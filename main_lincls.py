@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, logs, options
-from moco.batches import Batches
+from moco.batches import Batches, Centres
 from moco.datasets import Split
 from moco.epoch import Record, autocast, resume, set_learning_rate
 from moco.errors import RunError, UsageError
@@ -52,16 +52,15 @@ def evaluate_linear(args: Namespace, device: torch.device) -> None:
     encoder.to(device, memory_format=torch.channels_last)
     backbone = evaluate.frozen(encoder)
     centre = augment.Centre(args.image_size, args.mean, args.std, args.centre_crop)
+    images = Centres(validation, centre, args.batch_size, device, args.workers)
+    validated = []  # features of the validation images, in float32: the encoder is frozen, so they are made once
 
-    def features(images):
-        with torch.no_grad(), autocast(device, args.precision):
-            return backbone(images).float()
-
+    @torch.no_grad()
     def validate():
         """Top-1 and top-5 accuracy on the validation images, in percent, and the confusion matrix."""
-        return evaluate.accuracy(
-            lambda images: encoder.fc(features(images)), validation, centre, args.batch_size, device, args.workers
-        )
+        if not validated:
+            validated.extend([(backbone(batch), labels) for batch, labels in images])
+        return evaluate.accuracy(encoder.fc, validated, len(validation.classes))
 
     if args.evaluate:
         top1, top5, _ = validate()
@@ -76,8 +75,13 @@ def evaluate_linear(args: Namespace, device: torch.device) -> None:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args.images, args.classes = len(split), split.classes
     args.compile = options.compiles(args, -(-len(split) // args.batch_size), device)
-    if args.compile:
-        backbone.compile(dynamic=False)  # of the few sizes that batches have, the last ones included
+    # A program for each of the few sizes that batches have, the last one included.
+    network = torch.compile(backbone, dynamic=False) if args.compile else backbone
+
+    def features(images):
+        with torch.no_grad(), autocast(device, args.precision):
+            return network(images).float()
+
     train(args, device, encoder, features, validate, split, source, saved)
 
 

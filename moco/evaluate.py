@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -28,26 +28,23 @@ def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 
 @torch.no_grad()
 def accuracy(
-    network: Callable[[Tensor], Tensor],
-    split: Split,
-    centre: augment.Centre,
-    batch_size: int,
-    device: torch.device,
-    workers: int = 8,
+    network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: int
 ) -> tuple[float, float, Tensor]:
     """Top-1 and top-5 in percent of a network that gives scores (N, classes); and the confusion matrix.
 
-    Batch and workers: see Centres. The matrix is (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j.
+    Args:
+        batches: this process's inputs and their labels (N,); every process has as many, some may be empty.
+    Returns:
+        The matrix is (classes, classes) int64 on the CPU: how many of class i have their highest score at class j.
     """
-    classes = len(split.classes)
-    hits = torch.zeros(2, dtype=torch.long, device=device)
-    pairs = torch.zeros(classes * classes, dtype=torch.long, device=device)
-    for images, labels in Centres(split, centre, batch_size, device, workers):
-        scores = network(images)
-        hits += topk_hits(scores, labels)
-        pairs += (labels * classes + scores.argmax(1)).bincount(minlength=len(pairs))
-    top1, top5 = (100 * distributed.all_sum(hits).double() / len(split)).tolist()
-    return top1, top5, distributed.all_sum(pairs).view(classes, classes).cpu()
+    hits = pairs = 0
+    for inputs, labels in batches:
+        scores = network(inputs)
+        hits = hits + topk_hits(scores, labels)
+        pairs = pairs + (labels * classes + scores.argmax(1)).bincount(minlength=classes * classes)
+    pairs = distributed.all_sum(pairs)
+    top1, top5 = (100 * distributed.all_sum(hits).double() / pairs.sum()).tolist()
+    return top1, top5, pairs.view(classes, classes).cpu()
 
 
 def worst_classes(confusion: Tensor, classes: Sequence[str], count: int = 3) -> str:

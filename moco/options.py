@@ -256,7 +256,7 @@ def data_options(add: Callable) -> None:
         "in data-loading workers (default: batched)"
     )
     add("--views", choices=("batched", "pil"), default="batched", help=text)
-    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32; main_lincls.py -e: fp32)"
+    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32"
     add("--precision", choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
@@ -307,8 +307,6 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
         args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
-    if args.evaluate:  # the same number on every device
-        args.precision = args.precision or "fp32"
     args = resolve(args, device)
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, logs, options
-from moco.batches import Batches
+from moco.batches import Batches, Centres
 from moco.datasets import Split
 from moco.epoch import Record, autocast, resume, set_learning_rate
 from moco.errors import UsageError
@@ -173,10 +173,8 @@ def measure(
         found["knn"] = evaluate.knn(model.encoder_q, split, validation, centre, args.batch_size, workers=args.workers)
     if model.classifies:
         network = evaluate.frozen(model.encoder_q, keep_fc=True)
-        resize_only = replace(centre, crop=False)
-        found["top1"], found["top5"], _ = evaluate.accuracy(
-            network, validation, resize_only, args.batch_size, device, args.workers
-        )
+        images = Centres(validation, replace(centre, crop=False), args.batch_size, device, args.workers)
+        found["top1"], found["top5"], _ = evaluate.accuracy(network, images, len(validation.classes))
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 
 import results
 from moco import checkpoint, datasets, evaluate, inference
+from moco.batches import Centres
 from moco.errors import RunError, UsageError
 from moco.logs import say
 
@@ -87,4 +88,4 @@ def accuracy(path: Path, images: datasets.Split, device: torch.device) -> tuple[
     network, centre, classes = inference.load(path)
     checkpoint.compare_classes(classes, images.classes, path)
     network = evaluate.frozen(network, keep_fc=True).to(device)
-    return evaluate.accuracy(network, images, centre, 250, device)[:2]
+    return evaluate.accuracy(network, Centres(images, centre, 250, device), len(images.classes))[:2]

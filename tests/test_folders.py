@@ -393,6 +393,18 @@ def test_a_linear_evaluation_is_saved_before_it_is_evaluated(run, photos, tmp_pa
     assert [[row[c] for c in columns] for row in logged[0]] == [[row[c] for c in columns] for row in logged[1]]
 
 
+def test_the_validation_images_are_read_once(run, photos, tmp_path, monkeypatch):
+    data = photos()
+    assert run("main_moco.py", MOCO, "-j 0 --epochs 1 --output-dir", tmp_path, data).status == 0
+    passes, once = [], batches.Centres.__iter__
+    monkeypatch.setattr(batches.Centres, "__iter__", lambda images: passes.append(images) or once(images))
+    words = ["-b 8 --lr 1 -j 0 --seed 0 --output-dir", tmp_path, data]
+    done = run("main_lincls.py", "--epochs 3 --pretrained", tmp_path / "checkpoint_last.pth.tar", *words)
+    assert done.status == 0 and len(passes) == 1, done.err
+    again = run("main_lincls.py", "-e --resume", tmp_path / "model_best.pth.tar", *words)
+    assert again.out.splitlines()[-1] == done.out.splitlines()[-1] and len(passes) == 2
+
+
 def test_linear_evaluation_of_large_images(run, photos, tmp_path):
     data = photos()
     words = MOCO.replace("--image-size 16", "--image-size 72 --stem imagenet")

@@ -1,11 +1,11 @@
 """Measures the speed of views, step and loop, each against a baseline in the same run.
 
-    python scripts/bench.py --quick            # views, loop against bare encoders, loop against every speed-up off
+    python scripts/bench.py --quick            # views, loop against bare encoders, loop against the unoptimised loop
     python scripts/bench.py --out bench.json   # and how a step grows with the batch, the queue and the processes, and
                                                # what 2,000 steps add to memory and open files
 
 Images are random pixels: no data set is needed. On a GPU the baselines are ResNet-50 at batch 256 in bfloat16, on a
-CPU ResNet-18 at batch 128 (loop against bare encoders) and resnet20 at batch 256 (loop against speed-ups off).
+CPU ResNet-18 at batch 128 (loop against bare encoders) and resnet20 at batch 256 (loop against the unoptimised loop).
 """
 
 import argparse
@@ -212,7 +212,7 @@ def bench_plain(show, words, gpu, fast):
     show(
         "plain_images_per_second",
         statistics.median(p[1] for p in pairs),
-        f"loop with every speed-up off, {arch}, images/s",
+        f"unoptimised loop, {arch}, images/s",
     )
     show("loop_over_plain", statistics.median(p[0] / p[1] for p in pairs), "  ratio of the loop to it")
 
@@ -260,7 +260,7 @@ def bench_long_run(show, gpu, steps=2000):
 
 
 class Plain(builder.MoCoOut):
-    """Every speed-up off: float32, channels first, images gathered for the shuffle (of processes)."""
+    """The unoptimised loop: float32, channels first, images gathered for the shuffle (of processes)."""
 
     shuffle_keys = False
 

@@ -240,7 +240,7 @@ def alike(run):
 
 
 def unlike(run, groups):
-    """What tells a run from the others of its method, data, network, epochs and manner."""
+    """The options that other runs of the same method, data, network, epochs and precision do not have."""
     others = [difference(group[0]) for group in groups if alike(group[0]) == alike(run)]
     return [text for text in difference(run) if not all(text in other for other in others)]
 

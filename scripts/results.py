@@ -38,10 +38,10 @@ ROWS = {
 }
 
 FIGURES = {
-    "views_ratio": "batched views, times the speed of the PIL chain (core against core; a GPU against all cores)",
-    "folder_ratio": "a JPEG decoded and cropped twice to 224 pixels, times the speed of two PIL views, on one core",
-    "loop_over_bare": "whole loop, share of the bare encoders' speed",
-    "loop_over_plain": "whole loop, times its speed with every speed-up off",
+    "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against all cores)",
+    "folder_ratio": "speed-up of decoding a JPEG once and cropping it twice to 224 pixels over two PIL views, one core",
+    "loop_over_bare": "speed of the training loop, relative to the bare encoders",
+    "loop_over_plain": "speed-up over the unoptimised loop",
     "images_per_second": "images/s of the loop (GPU: ResNet-50, batch 256; CPU: ResNet-18, batch 128)",
 }
 

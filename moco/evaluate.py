@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from moco import augment, distributed
@@ -63,10 +64,12 @@ def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
     if not keep_fc:
         encoder.fc = nn.Identity()
     for module in encoder.modules():
-        if isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Conv2d, nn.BatchNorm2d]:
-            module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+        if isinstance(module, nn.Sequential) and len(module) == 2:
+            conv, norm = module
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
+                module[0], module[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
         for name, norm in list(module.named_children()):
-            if isinstance(norm, nn.BatchNorm2d) and name.startswith("bn"):
+            if isinstance(norm, _BatchNorm) and name.startswith("bn"):
                 conv = name.replace("bn", "conv")
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), norm))
                 setattr(module, name, nn.Identity())

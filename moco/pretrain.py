@@ -111,6 +111,8 @@ def fit(
         return
     if args.compile:
         for encoder in model.children():
+            if device.type == "cuda":  # a compiled step there is bound by the number of its kernels
+                encoders.split_batch_norm(encoder, args.bn_splits)
             encoder.compile()
     network = distributed.parallel(model, device)
     log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)

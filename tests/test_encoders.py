@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models
 
-from moco import encoders
+from moco import encoders, evaluate
 from moco.errors import UsageError
 
 
@@ -113,6 +113,35 @@ def test_apply_gives_float32_under_autocast(splits):
     network = encoders.build("resnet20")(num_classes=5)
     with torch.autocast("cpu", torch.bfloat16):
         assert encoders.apply(network, torch.randn(4, 3, 8, 8), splits).dtype == torch.float32
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "resnet18"])
+def test_batch_norm_of_chunks_in_one_pass(arch):
+    """Features, gradients and statistics of chunk by chunk; the parameters stay the optimizer's."""
+    torch.manual_seed(0)
+    network = encoders.build(arch)(num_classes=5)
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.5 if p.dim() == 1 else 0.1)
+    split, images = copy.deepcopy(network), torch.randn(12, 3, 16, 16)
+    parameters = dict(split.named_parameters())
+    encoders.split_batch_norm(split, 3)
+    assert list(split.state_dict()) == list(network.state_dict())
+    assert all(p is parameters[name] for name, p in split.named_parameters())
+    found = []
+    for one in (network, split):
+        features = encoders.apply(one, images, 3)
+        features.square().mean().backward()
+        found.append(
+            [features, *(p.grad for p in one.parameters()), *(b for b in one.buffers() if b.is_floating_point())]
+        )
+    for wanted, mine in zip(*found, strict=True):
+        assert (mine - wanted).norm() <= 1e-3 * wanted.norm()
+    assert torch.equal(evaluate.frozen(split)(images), evaluate.frozen(copy_of(network, split))(images))
+
+
+def copy_of(network, weights):
+    network.load_state_dict(weights.state_dict())
+    return network
 
 
 def test_mlp_head():

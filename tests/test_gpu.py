@@ -3,6 +3,7 @@
 python -m pytest tests/test_gpu.py
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, TINY_MOCO
-from moco import augment, pretrain
+from moco import augment, encoders, pretrain
 from test_augment import MEAN, STD, images
 from test_runs import SCRIPTS, printed_losses, rows
 
@@ -66,6 +67,22 @@ def test_no_step_waits_for_the_gpu(script, words, run, tmp_path, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert done.status == 0 and seen == list(range(5)), done.err
+
+
+def test_compiled_batch_norm_of_chunks_is_the_eager_one():
+    torch.manual_seed(0)
+    eager = encoders.build("resnet20")(num_classes=5).to("cuda", memory_format=torch.channels_last)
+    compiled = copy.deepcopy(eager)
+    encoders.split_batch_norm(compiled, 2)
+    compiled.compile()
+    x = torch.randn(8, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+    results = []
+    for network in (eager, compiled):
+        features = encoders.apply(network, x, 2)
+        features.square().sum().backward()
+        results.append([features, network.conv1.weight.grad, network.bn1.weight.grad, network.bn1.running_var])
+    for mine, wanted in zip(*results, strict=True):
+        assert (mine - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_a_compiled_run_goes_on_and_is_evaluated(run, tmp_path):

@@ -11,7 +11,11 @@ from moco import logs
 
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
-BLOCKS = [block.replace("\\\n", " ") for block in re.findall(r"```\n(.*?)```", README, re.S)]
+BLOCKS = [
+    block.replace("\\\n", " ")
+    for page in (README, PAGES["options.md"])
+    for block in re.findall(r"^```\n(.*?)^```$", page, re.S | re.M)
+]
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if "python main_" in line]
 SMALL = "-a resnet20 --image-size 8 -b 8 --epochs 1 --moco-k 32"
 

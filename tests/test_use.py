@@ -63,6 +63,7 @@ def test_preprocess_takes_any_image(trained):
 def test_the_page_runs(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40)).save("photo.png")
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     for page in ("docs/use.md", "README.md"):
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
         (block,) = [block for block in blocks if "load_encoder" in block]

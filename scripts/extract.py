@@ -73,6 +73,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
 
 def extract(args, split: datasets.Split, paths: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)

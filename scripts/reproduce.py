@@ -3,7 +3,7 @@
     python scripts/reproduce.py in-200 data/                 # one row, as published
     python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
     python scripts/reproduce.py --small data/                # all methods, as a machine without a GPU can
-    python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in seconds
+    python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in a minute
     python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
 Run an interrupted command again and it continues. Runs are kept in
@@ -85,7 +85,7 @@ def parse():
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     text = "where the weights of --small rows go (default: pretrained)"
     add("--weights", type=Path, default=Path("pretrained"), metavar="DIR", help=text)
-    text = "evaluate every file of --weights against its row in --results; seconds, no training"
+    text = "evaluate every file of --weights against its row in --results; no training"
     add("--verify", action="store_true", help=text)
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()

@@ -148,7 +148,7 @@ class SplitBatchNorm(_BatchNorm):
 def split_batch_norm(encoder: nn.Module, splits: int) -> None:
     """Has the encoder's batch norm layers see each of `splits` equal chunks alone, so that `apply` need not cut it."""
     for name, layer in list(encoder.named_modules()):
-        if splits > 1 and isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             parent, _, child = name.rpartition(".")
             setattr(encoder.get_submodule(parent), child, SplitBatchNorm(layer, splits))
     encoder.splits_inside = True

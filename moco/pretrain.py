@@ -111,7 +111,8 @@ def fit(
         return
     if args.compile:
         for encoder in model.children():
-            if device.type == "cuda":  # a compiled step there is bound by the number of its kernels
+            # A compiled step on a GPU is bound by the number of its kernels.
+            if device.type == "cuda" and args.bn_splits > 1:
                 encoders.split_batch_norm(encoder, args.bn_splits)
             encoder.compile()
     network = distributed.parallel(model, device)

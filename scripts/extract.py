@@ -72,8 +72,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
 
 
 def extract(args, split: datasets.Split, paths: list[str]) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False
+    device = launch.choose_device(launch.Process())
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)

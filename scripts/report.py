@@ -180,9 +180,13 @@ def by_labels(folder):
     return {row: dict(sorted(found[row].items())) for row in sorted(found, key=order)}
 
 
+def label_numbers(labelled):
+    return sorted({number for runs in labelled.values() for number in runs})
+
+
 def labels_table(labelled):
     """Accuracy by the number of labels a class, a method a line."""
-    numbers = sorted({number for runs in labelled.values() for number in runs})
+    numbers = label_numbers(labelled)
     lines = [cells("top-1 (kNN), labels a class:", *(f"{n:,}" for n in numbers)), "|---" * (len(numbers) + 1) + "|"]
     for row, runs in labelled.items():
         shown = []
@@ -327,7 +331,7 @@ def draw_labels(labelled, folder):
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for row, runs in labelled.items():
         axes.plot(list(runs), [run["top1"] for run in runs.values()], f"C{order(row)}o-", label=row)
-    numbers = sorted({number for runs in labelled.values() for number in runs})
+    numbers = label_numbers(labelled)
     axes.set(xscale="log", xlabel="labels a class", ylabel="top-1 in %")
     axes.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
     axes.minorticks_off()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import results
-from moco import checkpoint, datasets, evaluate, inference
+from moco import checkpoint, datasets, evaluate, inference, launch
 from moco.batches import Centres
 from moco.errors import RunError, UsageError
 from moco.logs import say
@@ -66,8 +66,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
         if not (folder / name).exists():
             raise RunError(f"'{folder / name}' is missing: '{named[name][0]}' names it")
     dataset = datasets.resolve("auto", data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False
+    device = launch.choose_device(launch.Process())
     images = datasets.load(dataset, data, False, device=device)
     wrong = []
     for path in found:

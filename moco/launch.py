@@ -202,8 +202,8 @@ def complain(error: UsageError | RunError, process: Process | None = None) -> No
     if watch is not None:
         watch.stop()
         if isinstance(error, LostError):
-            # The sockets of a process that dies close one by one. And a launcher may know more, and ends this one.
-            time.sleep(GRACE + 2 if process.on_node > 1 else 1)
+            if process.on_node > 1:
+                time.sleep(GRACE + 2)  # a launcher may know more, and ends this one
             said = watch.failure()
         else:
             watch.tell(f"{one_line(error)} ({place(process)})")

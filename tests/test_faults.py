@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT, TINY, TINY_MOCO
-from moco import checkpoint, launch, options
+from moco import checkpoint, launch, options, watch
 from moco.errors import RunError, UsageError
 from test_bad_input import refused
 from test_runs import end, rows, same
@@ -159,6 +159,8 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [start("main_moco_out.py", *words, "--rank", str(rank), env=environment) for rank in (0, 1)]
     until(runs[0], "Epoch: [1]")
+    runs[victim].send_signal(signal.SIGSTOP)
+    time.sleep(watch.EVERY + 1)  # the other one asks the store for heartbeats, and waits
     runs[victim].kill()
     other = runs[1 - victim]
     begun = time.monotonic()

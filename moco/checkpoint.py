@@ -48,6 +48,8 @@ FIXED = [
     "holdout",
     "recipe",
 ]
+# Those of them that an older checkpoint does not have: its run went without.
+LATER = {"labels_per_class": None}
 # Options that may change, but not silently.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 
@@ -261,6 +263,7 @@ def compare_options(options: dict, now: dict, path: str) -> None:
     def differ(names):
         return [(n, options[n], now[n]) for n in names if n in options and n in now and options[n] != now[n]]
 
+    options = LATER | options if options else {}
     for name, there, here in differ(FIXED):
         if name == "objective":
             raise UsageError(f"checkpoint '{path}' was trained with {there}, this script trains {here}")

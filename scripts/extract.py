@@ -35,7 +35,7 @@ def main():
     add("data", nargs="?", metavar="DATA", help="data folder as for training, or any folder of images")
     add("--out", type=Path, required=True, metavar="FILE.npz", help="where the features go")
     add("--dataset", choices=options.DATASETS, default="auto", help="as for training; digits needs no DATA")
-    add("--split", choices=("train", "val"), default="val", help="which images of a data set (default: val)")
+    add("--split", choices=("train", "val"), help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
     text = "data-loading workers, for images in files (default: %(default)s)"
     add("-j", "--workers", type=options.count, default=8, metavar="N", help=text)
@@ -62,6 +62,8 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         found = sorted(datasets.images_below(args.data))
         if not found:
             raise UsageError(f"'{args.data}' holds no image")
+        if args.split:
+            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
         name = datasets.resolve(args.dataset, args.data)

@@ -175,6 +175,10 @@ def test_bad_input(run, folder, tmp_path):
     words += ["--epochs 2 --resume auto --labels-per-class"]
     refused(run("main_moco_in.py", *words, 4), 2, "--labels-per-class 3, this run has 4")
     assert run("main_moco_in.py", *words, 3).status == 0
+    older = torch.load(tmp_path / "checkpoint_last.pth.tar")
+    del older["options"]["labels_per_class"]
+    torch.save(older, tmp_path / "checkpoint_last.pth.tar")
+    refused(run("main_moco_in.py", *words, 3), 2, "--labels-per-class None, this run has 3")
 
 
 @pytest.mark.parametrize("how", ["file link", "hard link", "folder link", "the folder itself", "empty", "broken link"])

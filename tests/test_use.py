@@ -101,6 +101,8 @@ def test_extract(run, trained, folder, tmp_path):
     assert len(np.load(out)["labels"]) == datasets.VALIDATION_DIGITS
 
     refused(run("scripts/extract.py", last, data, "--out", out), 2, "exists")
+    words = ("--split train --out", out, "--force")
+    refused(run("scripts/extract.py", last, data / "train", *words), 2, "--split train", "has no train/")
     (tmp_path / "empty").mkdir()
     refused(run("scripts/extract.py", last, tmp_path / "empty", "--out", out, "--force"), 2, "no image")
     refused(run("scripts/extract.py", last, tmp_path / "none", "--out", out, "--force"), 2, "does not exist")

@@ -135,6 +135,7 @@ PLAIN = Recipe(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True, blur_
 LINEAR = Recipe(scale=(0.08, 1.0), jitter=None, gray_p=0, blur_p=0)
 SUPCON = Recipe(blur_p=0)
 CROSS_ENTROPY = Recipe(jitter=None, gray_p=0, blur_p=0)
+MILD = Recipe(scale=(0.5, 1.0), jitter=None, gray_p=0, blur_p=0)
 
 
 class PillowBlur(nn.Module):

@@ -34,6 +34,7 @@ FIXED = [
     "batch_size",
     "seed",
     "aug_plus",
+    "aug_mild",
     "mlp",
     "moco_dim",
     "moco_k",
@@ -49,7 +50,7 @@ FIXED = [
     "recipe",
 ]
 # Those of them that an older checkpoint does not have: its run went without.
-LATER = {"labels_per_class": None}
+LATER = {"labels_per_class": None, "aug_mild": False}
 # Options that may change, but not silently.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 

@@ -117,7 +117,7 @@ def measured(runs):
 def table(runs):
     """Published rows, and what was measured of them; without these columns, where they would be empty."""
     full = [r for r in runs if is_full(r)]
-    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values()}
+    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.top1 is not None}
     more = ["measured", "hardware", "time"] if any(of_row.values()) else []
     titles = ["", "script", "epochs", "published top-1 / top-5", *more]
     lines = [cells(*titles), "|---" * len(titles) + "|"]

@@ -31,12 +31,11 @@ from moco import checkpoint, launch, logs, options
 from moco.errors import RunError, UsageError
 from moco.logs import say
 from picture import embedding
-from results import ROWS
+from results import ROWS, SMALL_LINEAR
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without a GPU: the same views, batch and classifier for all.
 SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
-SMALL_LINEAR = "-a resnet20 --recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8 --precision fp32"
 # Of four each, by the kNN accuracy on training images held out: results/lr/.
 SMALL_LR = {"main_ce.py": "0.1", "main_supcon.py": "0.6", "main_moco.py": "0.06"}  # and for the label-aware rows:
 SMALL_LR_LABELS = "0.6"
@@ -83,7 +82,7 @@ def parse():
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
-    text = "where the weights of --small rows go (default: pretrained)"
+    text = "where the weights of small rows go (default: pretrained)"
     add("--weights", type=Path, default=Path("pretrained"), metavar="DIR", help=text)
     text = "evaluate every file of --weights against its row in --results; no training"
     add("--verify", action="store_true", help=text)
@@ -107,7 +106,7 @@ def parse():
         args.data = args.rows.pop()
     unknown = [row for row in args.rows if row not in ROWS]
     if args.small and not args.rows:  # each method once
-        args.rows = list({row.script: key for key, row in reversed(ROWS.items())}.values())[::-1]
+        args.rows = list({row.script: key for key, row in reversed(ROWS.items()) if key != "own"}.values())[::-1]
     if unknown or (not args.rows and not args.print and not args.verify):
         problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
@@ -116,11 +115,11 @@ def parse():
 
 def commands(key, args, seed, folder):
     """The command lines of a run, pretraining first; each a list of words."""
-    row = ROWS[key]
+    row, small = ROWS[key], args.small and key != "own"  # that is small itself
     scaled = ["-a", args.arch] if args.arch else []
     common = ["--seed", str(seed), "--output-dir", str(folder)]
     pretrain = [*row.options.split(), "--epochs", str(row.epochs)]
-    if args.small:
+    if small:
         pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, SMALL_LR_LABELS)]
     if args.epochs:
         pretrain += ["--epochs", str(args.epochs)]
@@ -129,8 +128,8 @@ def commands(key, args, seed, folder):
         pretrain += ["--per-class", str(args.per_class)]
     lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
     if row.linear:
-        small = SMALL_LINEAR.split() if args.small else []
-        linear = last_of_each([*row.linear.split(), *small, *scaled, *args.linear])
+        linear = [*row.linear.split(), *(SMALL_LINEAR.split() if small else []), *scaled, *args.linear]
+        linear = last_of_each(linear)
         if args.per_class:
             linear += ["--per-class", str(args.per_class)]
         source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
@@ -171,7 +170,7 @@ def reproduce(key, args, seed):
     begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
     result = collect(folder, ROWS[key].name, begun, seed, args.data)
     part = args.per_class or "--labels-per-class" in args.pretrain or "--per-class" in args.linear
-    if args.small and not part:  # weights are those of all images and labels
+    if (args.small or key == "own") and not part:  # weights are those of all images and labels
         path = args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
         scores = {name: result[name] for name in ("top1", "top5")} | {
             "epoch": (result["linear_epochs"] or int(epochs)) - 1

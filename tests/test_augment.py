@@ -134,7 +134,7 @@ def views_by_pillow(recipe, image, row, order):
     return tv.hflip(picture) if row[augment.FLIP] else picture
 
 
-@pytest.mark.parametrize("recipe", [AUG_PLUS, PLAIN, augment.LINEAR, augment.SUPCON])
+@pytest.mark.parametrize("recipe", [AUG_PLUS, PLAIN, augment.LINEAR, augment.SUPCON, augment.MILD])
 def test_whole_chain(recipe):
     x = images(120, 40, 36)
     rng = torch.Generator().manual_seed(1)

@@ -54,6 +54,7 @@ def main():
                 "runs": small_table(runs) + full_table(runs),
                 "labels": labels_table(labelled),
                 "searches": searches(args.results),
+                "tries": tries(args.results / "own"),
             },
             "docs/imagenet.md": {"large": small_table([r for r in runs if r["dataset"] == "imagefolder"])},
             "docs/speed.md": {"speed": speed(benches)},
@@ -117,7 +118,7 @@ def measured(runs):
 def table(runs):
     """Published rows, and what was measured of them; without these columns, where they would be empty."""
     full = [r for r in runs if is_full(r)]
-    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.top1 is not None}
+    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.top1}
     more = ["measured", "hardware", "time"] if any(of_row.values()) else []
     titles = ["", "script", "epochs", "published top-1 / top-5", *more]
     lines = [cells(*titles), "|---" * len(titles) + "|"]
@@ -166,6 +167,14 @@ def searches(folder):
             shown = (f"**{text}**" if text.startswith(f"{best}:") else text for text in shown)
             name = next(row.name for k, row in ROWS.items() if k.partition("-")[0] == key)
             lines.append(cells(name, ", ".join(shown)))
+    return "\n".join(lines) + "\n"
+
+
+def tries(folder):
+    """The kNN accuracy with the options that were tried for the row of our own: a log each, named after them."""
+    lines = ["| options | kNN |", "|---|---|"]
+    for path in sorted(folder.glob("*.csv")):
+        lines.append(cells(f"`--{path.stem.replace('_', ' ')}`", f"{float(logs.read(path)[-1]['knn']):.1f}"))
     return "\n".join(lines) + "\n"
 
 
@@ -294,8 +303,9 @@ def spread(values, digits):
 
 
 def draw(runs, folder):
-    """curves.png and embeddings.png: the measured rows side by side, a colour a method."""
-    chosen = [group[0] for group in measured(runs)]
+    """curves.png and embeddings.png: the methods side by side, a colour each; not the row of our own."""
+    methods = {row.name for row in ROWS.values() if row.top1}
+    chosen = [group[0] for group in measured(runs) if group[0]["row"] in methods]
     if len(chosen) < 2:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")

@@ -204,7 +204,8 @@ def test_rows_and_recipes(run):
         assert "-a resnet20" in line and "-b 256" in line
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
-    for path in (ROOT / "results").glob("*-resnet20-60ep-seed*.json"):  # what is on file is what is said to be
+    files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*.json")]
+    for path in files:  # what is on file is what is said to be
         row = re.split("-cpu|-h100|-h200", path.name)[0]
         lines = run("scripts/reproduce.py", "--small --print", row).out.splitlines()
         for mine, line in zip(json.loads(path.read_text())["commands"], lines, strict=True):

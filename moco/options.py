@@ -97,8 +97,8 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     text = "epochs of linear warm-up; without a queue 10 for batches over 256, and none up to 256 (default: 5)"
     add("--warm-up", type=count, default=5, metavar="N", help=text)
     text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
-    views = parser.add_mutually_exclusive_group()
-    views.add_argument("--aug-plus", action="store_true", help=text)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--aug-plus", action="store_true", help=text)
     add = parser.add_argument_group("beyond the reference").add_argument
     text = "epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)"
     add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
@@ -111,7 +111,7 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
     text = "milder views than --aug-plus: crops of half the image or more, and flips; the colours stay"
-    views.add_argument("--aug-mild", action="store_true", help=text)
+    either.add_argument("--aug-mild", action="store_true", help=text)
     if method:
         method.add_options(parser)
     parser.set_defaults(**defaults)

@@ -47,13 +47,13 @@ class Watch:
         sign, silent = None, 0
         for beat in itertools.count():
             try:
-                self.ask("set", f"alive/{self.rank}", f"{beat} {self.place}")
+                self.ask(self.store.set, f"alive/{self.rank}", f"{beat} {self.place}")
                 before, sign = sign, self.read(f"alive/{self.next}")
                 # Counted, not timed: this process may have been suspended itself.
                 silent = silent + EVERY if sign == before else 0
                 if silent >= LOST:
                     who = sign.partition(" ")[2] if sign else f"rank {self.next}"
-                    self.ask("set", "failed", f"{who} has sent no heartbeat for {LOST} seconds")
+                    self.ask(self.store.set, "failed", f"{who} has sent no heartbeat for {LOST} seconds")
                 failure = self.read("failed")
             except ConnectionError:
                 failure = "rank 0 cannot be reached"
@@ -64,22 +64,22 @@ class Watch:
             if self.stopped.wait(EVERY):
                 return
 
-    def ask(self, request: str, *values) -> Any:
+    def ask(self, request: Callable, *values) -> Any:
         """The store's answer; ConnectionError, if it is gone. After one failure none is asked for: it might be late."""
         if not self.broken:
             try:
-                return getattr(self.store, request)(*values)
+                return request(*values)
             except RuntimeError:
                 self.broken = True
         raise ConnectionError
 
     def read(self, name: str) -> str | None:
-        return self.ask("get", name).decode() if self.ask("check", [name]) else None
+        return self.ask(self.store.get, name).decode() if self.ask(self.store.check, [name]) else None
 
     def tell(self, text: str) -> None:
         """Tells the other processes why this one fails; the first failure counts."""
         with contextlib.suppress(ConnectionError):
-            self.ask("compare_set", "failed", "", text)
+            self.ask(self.store.compare_set, "failed", "", text)
 
     def failure(self) -> str | None:
         """The failure that a process has reported, if any."""
@@ -90,7 +90,7 @@ class Watch:
     def first_of_node(self) -> bool | None:
         """Whether this is the first process of its machine to ask; None if rank 0, and the store with it, is gone."""
         with contextlib.suppress(ConnectionError):
-            return self.ask("add", f"failed/{self.node}", 1) == 1
+            return self.ask(self.store.add, f"failed/{self.node}", 1) == 1
         return None
 
     def stop(self) -> None:

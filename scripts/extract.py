@@ -59,11 +59,11 @@ def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
     there = args.dataset == "auto" and args.data is not None and Path(args.data).is_dir()
     if there and not (os.listdir(args.data) and datasets.candidates(args.data)):  # no data set: a folder of images
+        if args.split:
+            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
         found = sorted(datasets.images_below(args.data))
         if not found:
             raise UsageError(f"'{args.data}' holds no image")
-        if args.split:
-            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
         name = datasets.resolve(args.dataset, args.data)

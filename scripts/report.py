@@ -118,7 +118,7 @@ def measured(runs):
 def table(runs):
     """Published rows, and what was measured of them; without these columns, where they would be empty."""
     full = [r for r in runs if is_full(r)]
-    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.top1}
+    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.published}
     more = ["measured", "hardware", "time"] if any(of_row.values()) else []
     titles = ["", "script", "epochs", "published top-1 / top-5", *more]
     lines = [cells(*titles), "|---" * len(titles) + "|"]
@@ -304,7 +304,7 @@ def spread(values, digits):
 
 def draw(runs, folder):
     """curves.png and embeddings.png: the methods side by side, a colour each; not the row of our own."""
-    methods = {row.name for row in ROWS.values() if row.top1}
+    methods = {row.name for row in ROWS.values() if row.published}
     chosen = [group[0] for group in measured(runs) if group[0]["row"] in methods]
     if len(chosen) < 2:
         return

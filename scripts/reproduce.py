@@ -106,7 +106,7 @@ def parse():
         args.data = args.rows.pop()
     unknown = [row for row in args.rows if row not in ROWS]
     if args.small and not args.rows:  # each method once
-        args.rows = list({row.script: key for key, row in reversed(ROWS.items()) if key != "own"}.values())[::-1]
+        args.rows = list({row.script: key for key, row in reversed(ROWS.items()) if row.published}.values())[::-1]
     if unknown or (not args.rows and not args.print and not args.verify):
         problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
@@ -115,7 +115,8 @@ def parse():
 
 def commands(key, args, seed, folder):
     """The command lines of a run, pretraining first; each a list of words."""
-    row, small = ROWS[key], args.small and key != "own"  # that is small itself
+    row = ROWS[key]
+    small = args.small and row.published  # the row of our own is small itself
     scaled = ["-a", args.arch] if args.arch else []
     common = ["--seed", str(seed), "--output-dir", str(folder)]
     pretrain = [*row.options.split(), "--epochs", str(row.epochs)]
@@ -128,8 +129,8 @@ def commands(key, args, seed, folder):
         pretrain += ["--per-class", str(args.per_class)]
     lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
     if row.linear:
-        linear = [*row.linear.split(), *(SMALL_LINEAR.split() if small else []), *scaled, *args.linear]
-        linear = last_of_each(linear)
+        smaller = SMALL_LINEAR.split() if small else []
+        linear = last_of_each([*row.linear.split(), *smaller, *scaled, *args.linear])
         if args.per_class:
             linear += ["--per-class", str(args.per_class)]
         source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
@@ -170,7 +171,7 @@ def reproduce(key, args, seed):
     begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
     result = collect(folder, ROWS[key].name, begun, seed, args.data)
     part = args.per_class or "--labels-per-class" in args.pretrain or "--per-class" in args.linear
-    if (args.small or key == "own") and not part:  # weights are those of all images and labels
+    if (args.small or not ROWS[key].published) and not part:  # weights are those of all images and labels
         path = args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
         scores = {name: result[name] for name in ("top1", "top5")} | {
             "epoch": (result["linear_epochs"] or int(epochs)) - 1

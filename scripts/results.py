@@ -29,6 +29,10 @@ class Row:
     top1: float | None
     top5: float | None
 
+    @property
+    def published(self) -> bool:
+        return self.top1 is not None
+
 
 ROWS = {
     "ce": Row("SupCrossEntropy", "main_ce.py", "-a resnet50", 500, None, 95.0, None),

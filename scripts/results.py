@@ -43,7 +43,7 @@ ROWS = {
     "in-1000": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 1000, LINEAR, 96.1, 99.8),
     "out-1000": Row("MoCo v2 + SupContrast_Out", "main_moco_out.py", MOCO, 1000, LINEAR, 96.1, 99.9),
     "suploss-1000": Row("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py", MOCO, 1000, LINEAR, 96.0, 99.9),
-    "own": Row("MoCo v2 + SupContrast_In, own recipe", "main_moco_in.py", OWN, 50, SMALL_LINEAR, None, None),
+    "own": Row("MoCo v2 + SupContrast_In, own recipe", "main_moco_in.py", OWN, 100, SMALL_LINEAR, None, None),
 }
 
 FIGURES = {

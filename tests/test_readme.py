@@ -192,7 +192,7 @@ def test_rows_and_recipes(run):
         ("moco_in", "1000"),
         ("moco_out", "1000"),
         ("moco_suploss", "1000"),
-        ("moco_in", "50"),
+        ("moco_in", "100"),
     ]
     for line in moco[:-1]:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
@@ -204,7 +204,7 @@ def test_rows_and_recipes(run):
         assert "-a resnet20" in line and "-b 256" in line
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
-    files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*.json")]
+    files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*-100ep-*.json")]
     for path in files:  # what is on file is what is said to be
         row = re.split("-cpu|-h100|-h200", path.name)[0]
         lines = run("scripts/reproduce.py", "--small --print", row).out.splitlines()

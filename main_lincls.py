@@ -97,9 +97,9 @@ def read(args: Namespace) -> tuple[str, dict, dict[str, Tensor]]:
         raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
     if args.resume and not args.evaluate and "optimizer" not in saved:
         raise UsageError(f"'{source}' holds weights alone: evaluate them with -e, or train on them with --pretrained")
-    weights = checkpoint.encoder_weights(saved["state_dict"], source)
+    weights = checkpoint.encoder_weights(saved, source)
     if args.resume and args.pretrained:
-        pretrained = checkpoint.load(args.pretrained)["state_dict"]
+        pretrained = checkpoint.load(args.pretrained)
         check_source(weights, checkpoint.encoder_weights(pretrained, args.pretrained), args)
     return source, saved, weights
 

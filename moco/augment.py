@@ -23,7 +23,8 @@ GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, bl
 class Recipe:
     """One view's random operations, in torchvision's terms.
 
-    size: side of the view. scale, ratio: of RandomResizedCrop. jitter: brightness, contrast, saturation and hue of
+    size: side of the view. scale, ratio: of RandomResizedCrop. padding: of RandomCrop, which takes its place where given:
+    `size` pixels of the image with this many black ones around it (He et al., arXiv:1512.03385, section 4.2). jitter: brightness, contrast, saturation and hue of
     ColorJitter, or None, applied with probability jitter_p. gray_p: of RandomGrayscale, before the jitter if
     gray_first. blur: smallest and largest radius of Pillow's GaussianBlur, applied with probability blur_p.
     """
@@ -38,6 +39,7 @@ class Recipe:
     blur_p: float = 0.5
     blur: tuple = (0.1, 2.0)
     flip_p: float = 0.5
+    padding: int | None = None
 
     def draw(self, count: int, height: int | None, width: int | None, generator: torch.Generator) -> Tensor:
         """The parameters of `count` views of height x width images; None: of images that are crops already.
@@ -50,7 +52,7 @@ class Recipe:
 
         # One row of uniform numbers an image, so that a view does not depend on how many are drawn. float64: a crop is
         # rounded to whole pixels as torchvision rounds it.
-        numbers = 9 if height is None else 9 + 2 * ATTEMPTS + 2
+        numbers = 9 if height is None else 11 if self.padding is not None else 9 + 2 * ATTEMPTS + 2
         draws = iter(torch.rand(count, numbers, generator=generator, dtype=torch.float64).T)
 
         def uniform(low=0.0, high=1.0):
@@ -58,7 +60,8 @@ class Recipe:
 
         parameters = torch.zeros(count, 11, dtype=torch.float64)
         if height is not None:
-            parameters[:, :4] = self.crops(uniform, height, width)
+            crops = self.crops if self.padding is None else self.padded_crops
+            parameters[:, :4] = crops(uniform, height, width)
         parameters[:, FLIP] = uniform() < self.flip_p
         parameters[:, BRIGHTNESS : HUE + 1] = torch.tensor([1.0, 1.0, 1.0, 0.0])
         if self.jitter:
@@ -99,6 +102,14 @@ class Recipe:
         central = torch.tensor(self.central_crop(height, width), dtype=torch.float64)
         return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), central)
 
+    def padded_crops(self, uniform: Callable[..., Tensor], height: int, width: int) -> Tensor:
+        """(count, 4): RandomCrop's; top and left are negative where the crop begins in the padding."""
+        top, left = (
+            (uniform() * (side + 2 * self.padding - self.size + 1)).floor() - self.padding for side in (height, width)
+        )
+        size = torch.full_like(top, self.size)
+        return torch.stack([top, left, size, size], 1)
+
     def central_crop(self, height, width):
         low, high = self.ratio
         h, w = height, width
@@ -118,9 +129,12 @@ class Recipe:
         if self.jitter:
             jitter = [transforms.RandomApply([transforms.ColorJitter(*self.jitter)], p=self.jitter_p)]
         gray = [transforms.RandomGrayscale(p=self.gray_p)] if self.gray_p else []
+        cut = transforms.RandomResizedCrop(self.size, self.scale, self.ratio)
+        if self.padding is not None:
+            cut = transforms.RandomCrop(self.size, self.padding)
         return transforms.Compose(
             [
-                transforms.RandomResizedCrop(self.size, self.scale, self.ratio),
+                cut,
                 *(gray + jitter if self.gray_first else jitter + gray),
                 *([transforms.RandomApply([PillowBlur(*self.blur)], p=self.blur_p)] if self.blur_p else []),
                 transforms.RandomHorizontalFlip(self.flip_p),
@@ -136,6 +150,7 @@ LINEAR = Recipe(scale=(0.08, 1.0), jitter=None, gray_p=0, blur_p=0)
 SUPCON = Recipe(blur_p=0)
 CROSS_ENTROPY = Recipe(jitter=None, gray_p=0, blur_p=0)
 MILD = Recipe(scale=(0.5, 1.0), jitter=None, gray_p=0, blur_p=0)
+PADDED = Recipe(padding=4, jitter=None, gray_p=0, blur_p=0)
 
 
 class PillowBlur(nn.Module):
@@ -239,7 +254,7 @@ def triangles(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor |
     pixel = torch.where(inside, (pixel - start) / unit, torch.inf)
     distance = (pixel[:, None, :] - (place * scale / unit)[:, :, None]).abs_()
     weight = distance.neg_().add_(1).clamp_(min=0)
-    return weight.div_(weight.sum(2, keepdim=True))
+    return weight.div_(weight.sum(2, keepdim=True).clamp_(min=1e-6))  # 0 in the padding: black
 
 
 def crop(images: Tensor, parameters: Tensor, size: int) -> Tensor:

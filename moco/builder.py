@@ -161,6 +161,14 @@ class LabelAwareMoCo(MoCo):
             self.health = contrast_health(logits, positives, self.T)
         return self.loss(logits, positives)
 
+    def mean_over_rows(self, losses: Tensor, counted: Tensor) -> Tensor:
+        """The mean of losses (N,) over the rows that `counted` (N,) bool marks, on all processes; 0 if it marks none.
+
+        Processes average their gradients, so each gives its own sum times their number over the global count.
+        """
+        count = distributed.all_sum(counted.sum()).clamp(min=1)
+        return torch.where(counted, losses, 0).sum() * (distributed.world_size() / count)
+
     def compare(self, q: Tensor, labels: Tensor, k: Tensor, k_labels: Tensor, own: int) -> tuple[Tensor, Tensor]:
         """Queries against the keys `k` (M, C) and the queue.
 
@@ -185,6 +193,31 @@ class MoCoOut(LabelAwareMoCo):
     """L_i = mean_{p in P(i)} -log( exp s(i, p) / sum_{a in A} exp s(i, a) ); A: the step's keys and the queue."""
 
     loss = staticmethod(out_loss)
+
+
+class MoCoProto(MoCoIn):
+    """MoCoIn, and a prototype c_y (a learnable vector) for each class y (PaCo's centres, arXiv:2107.12028).
+
+        L_i = L_i^In - log( exp(q_i . c_{y_i} / T) / sum_y exp(q_i . c_y / T) )
+
+    Prototypes are L2-normalised where they are used. A query without a label has the first term only.
+
+    Args:
+        classes: number of classes; the rest is MoCo's.
+    """
+
+    def __init__(self, *args, classes: int, **options):
+        super().__init__(*args, **options)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(classes, self.queue.shape[0])))
+
+    def objective(self, q: Tensor, labels: Tensor, k_all: Tensor, labels_all: Tensor) -> Tensor:
+        losses = F.cross_entropy(self.scores(q), labels, ignore_index=UNLABELLED, reduction="none")
+        contrast = super().objective(q, labels, k_all, labels_all)
+        return contrast + self.mean_over_rows(losses, labels != UNLABELLED)
+
+    def scores(self, q: Tensor) -> Tensor:
+        """(N, C) features, L2-normalised -> (N, classes) logits: the prototypes are a classifier."""
+        return q @ F.normalize(self.prototypes, dim=1).T / self.T
 
 
 class MoCoSupLoss(LabelAwareMoCo):

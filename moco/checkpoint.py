@@ -35,6 +35,10 @@ FIXED = [
     "seed",
     "aug_plus",
     "aug_mild",
+    "aug_crop",
+    "nesterov",
+    "no_bias_decay",
+    "ema",
     "mlp",
     "moco_dim",
     "moco_k",
@@ -50,7 +54,8 @@ FIXED = [
     "recipe",
 ]
 # Those of them that an older checkpoint does not have: its run went without.
-LATER = {"labels_per_class": None, "aug_mild": False}
+LATER = {"labels_per_class": None, "ema": None}
+LATER |= dict.fromkeys(["aug_mild", "aug_crop", "nesterov", "no_bias_decay"], False)
 # Options that may change, but not silently.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
 
@@ -278,8 +283,12 @@ def compare_options(options: dict, now: dict, path: str) -> None:
         say(f"note: {flag(name)} was {there} and is now {here}")
 
 
-def encoder_weights(state_dict: dict, path: str | Path) -> dict:
-    """The query encoder in a checkpoint of ours or of MoCo's, or the whole network of a linear evaluation."""
+def encoder_weights(saved: dict, path: str | Path) -> dict:
+    """The query encoder in a checkpoint of ours or of MoCo's, or the whole network of a linear evaluation.
+
+    Of a run with --ema it is the average of the weights.
+    """
+    state_dict = saved.get("average") or saved["state_dict"]
     weights = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     prefix = "encoder_q." if any(name.startswith("encoder_q.") for name in weights) else ""
     weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

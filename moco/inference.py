@@ -14,7 +14,7 @@ def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]
     `fc` is the classifier of a linear evaluation or of cross entropy, else the identity (and there are no classes).
     """
     saved = checkpoint.load(path)
-    weights = checkpoint.encoder_weights(saved["state_dict"], path)
+    weights = checkpoint.encoder_weights(saved, path)
     known = checkpoint.described(saved, weights)
     options = saved["options"]
     classifier = "fc.weight" in weights and ("best" in saved or options.get("objective") == "CrossEntropy")
@@ -27,7 +27,8 @@ def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]
         network.fc = nn.Identity()
     mean, std = datasets.IMAGENET if known["stem"] == "imagenet" else datasets.CIFAR10  # of one that does not say
     # Cross entropy evaluates images as they are; kNN, where there is no evaluation yet, crops.
-    crop = options.get("centre_crop", options.get("objective") != "CrossEntropy")
+    as_they_are = options.get("objective") == "CrossEntropy" or options.get("aug_crop")
+    crop = options.get("centre_crop", not as_they_are)
     centre = augment.Centre(known["image_size"], known["mean"] or mean, known["std"] or std, crop)
     return network.eval(), centre, classes
 

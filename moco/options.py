@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,6 +113,14 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
     text = "milder views than --aug-plus: crops of half the image or more, and flips; the colours stay"
     either.add_argument("--aug-mild", action="store_true", help=text)
+    text = (
+        "He et al.'s views: a random crop of the image padded by 4 pixels, and flips; images are evaluated as they are"
+    )
+    either.add_argument("--aug-crop", action="store_true", help=text)
+    add("--nesterov", action="store_true", help="Nesterov's momentum")
+    add("--no-bias-decay", action="store_true", help="no weight decay on biases and batch norm")
+    text = "also keep an average of the encoder's weights, with this decay a step, and evaluate it instead"
+    add("--ema", type=number(float, 0, 1), metavar="DECAY", help=text)
     if method:
         method.add_options(parser)
     parser.set_defaults(**defaults)
@@ -139,6 +148,10 @@ def build_moco(model_class: type[nn.Module], base_encoder: Callable, args: Names
     return model_class(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
 
 
+def build_proto(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
+    return build_moco(partial(model_class, classes=classes), base_encoder, args, classes)
+
+
 def build_supcon(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
     return model_class(base_encoder, args.dim, args.temp, bn_splits=args.bn_splits)
 
@@ -151,7 +164,8 @@ def views(count: int, plain: augment.Recipe) -> Callable[[Namespace], list[augme
     """The recipe of `count` views: that of --aug-plus or --aug-mild, else the method's own."""
 
     def chosen(args):
-        recipe = augment.AUG_PLUS if args.aug_plus else augment.MILD if args.aug_mild else plain
+        chosen = {"aug_plus": augment.AUG_PLUS, "aug_mild": augment.MILD, "aug_crop": augment.PADDED}
+        recipe = next((recipe for name, recipe in chosen.items() if getattr(args, name)), plain)
         return [replace(recipe, size=args.image_size)] * count
 
     return chosen
@@ -166,6 +180,7 @@ def supcon_rate(epoch: float, args: Namespace) -> float:
 
 
 MOCO = Method(moco_options, build_moco, views(2, augment.PLAIN), moco_rate)
+PROTO = Method(moco_options, build_proto, views(2, augment.PLAIN), moco_rate)
 SUPCON = Method(supcon_options, build_supcon, views(2, augment.SUPCON), supcon_rate)
 CROSS_ENTROPY = Method(lambda parser: None, build_classifier, views(1, augment.CROSS_ENTROPY), supcon_rate)
 
@@ -310,6 +325,8 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
         raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
     args.arch, args.stem = args.arch or known["arch"], known["stem"]
     args.image_size = args.image_size or known["image_size"]
+    if theirs.get("aug_crop"):
+        args.train_views, args.centre_crop = augment.PADDED, False
     mean, std = datasets.IMAGENET if args.stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
     args.mean, args.std = args.mean or known["mean"] or mean, args.std or known["std"] or std
     if args.dataset == "auto":

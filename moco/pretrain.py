@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, logs, options
 from moco.batches import Batches, Centres
+from moco.builder import MoCoProto
 from moco.datasets import Split
 from moco.epoch import Record, autocast, resume, set_learning_rate
 from moco.errors import UsageError
@@ -60,6 +63,8 @@ def train(model_class: type[nn.Module], method: options.Method, args: Namespace,
     split = load(True, **chosen, in_memory=args.views == "batched")
     if model_class.labelled and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
+    if args.aug_crop and (split.images is None or set(split.images.shape[2:]) != {args.image_size}):
+        raise UsageError(f"--aug-crop is for images of --image-size {args.image_size} alone: choose other views")
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
     validation = load(False) if args.knn_freq or model_class.classifies else None
@@ -99,13 +104,19 @@ def fit(
     base_encoder = encoders.build(args.arch, args.stem)
     model = method.build(model_class, base_encoder, args, len(split.classes))
     model = model.to(device, memory_format=torch.channels_last)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.SGD(trained, args.lr, **sgd)
+    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.no_bias_decay), args.lr, **sgd)
+    average = None
+    if args.ema is not None:
+        average = AveragedModel(model.encoder_q, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     record, first_epoch = Record(steps, device), args.start_epoch
     if saved:
         checkpoint.load_state(model, saved["state_dict"], path)
         first_epoch = resume(saved, path, optimizer, record)
+        if average:
+            kept = {n.removeprefix("module.encoder_q."): v for n, v in saved["average"].items()}
+            checkpoint.load_state(average.module, kept, path)
+            average.n_averaged.fill_(1)
     if first_epoch >= args.epochs:
         say(f"'{path}' has {first_epoch} epochs, --epochs is {args.epochs}: there is nothing left to do")
         return
@@ -134,6 +145,8 @@ def fit(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                if average:
+                    average.update_parameters(model.encoder_q)
 
                 record.add(step, loss, model.health if model.watch else None)
                 done = step + 1
@@ -143,23 +156,31 @@ def fit(
                     progress.show(done, Loss=f"{losses[step]:.4f} ({losses[:done].mean():.4f})", lr=f"{lr:.4g}")
                     if stop and done < steps:
                         progress.close()
-                        save(writer, args, model, optimizer, epoch, record.state(progress.spent(device)))
+                        save(writer, args, model, average, optimizer, epoch, record.state(progress.spent(device)))
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
-            average_statistics(model)
+            average_statistics(model, average)
             row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
             if model.classifies or knn_is_due(args, epoch):  # saved first: an evaluation that fails costs no epoch
-                save(writer, args, model, optimizer, epoch, record.state(progress.spent(device), row))
-                row |= measure(model, args, epoch, split, validation, device)
+                save(writer, args, model, average, optimizer, epoch, record.state(progress.spent(device), row))
+                row |= measure(model, average, args, epoch, split, validation, device)
             row["seconds"], row["cpu_seconds"] = progress.spent(device)
             log.add(epoch, **row)
             describe(epoch, row, args)
             # The log comes first: a resumed run drops what it will write again.
-            save(writer, args, model, optimizer, epoch + 1)
+            save(writer, args, model, average, optimizer, epoch + 1)
             if stop:
                 interruption.leave(writer, f"after epoch {epoch}")
             record.restart(*progress.spent(device, since=row))  # saving belongs to the next epoch
     log.close()
+
+
+def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
+    """The trained parameters. Prototypes have no weight decay, with `no_bias_decay` neither have biases and batch norm."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    free = [name == "prototypes" or (no_bias_decay and p.dim() < 2) for name, p in trained]
+    decayed, others = ([p for (_, p), f in zip(trained, free, strict=True) if f == which] for which in (False, True))
+    return [dict(params=decayed)] + ([dict(params=others, weight_decay=0)] if others else [])
 
 
 def knn_is_due(args: Namespace, epoch: int) -> bool:
@@ -167,16 +188,28 @@ def knn_is_due(args: Namespace, epoch: int) -> bool:
 
 
 def measure(
-    model: nn.Module, args: Namespace, epoch: int, split: Split, validation: Split, device: torch.device
+    model: nn.Module,
+    average: AveragedModel | None,
+    args: Namespace,
+    epoch: int,
+    split: Split,
+    validation: Split,
+    device: torch.device,
 ) -> dict[str, float]:
     """The encoder's kNN accuracy, where it is due, and a classifier's own accuracy."""
     found = {}
-    centre = augment.Centre(args.image_size, args.mean, args.std)
+    encoder = average.module if average else model.encoder_q
+    centre = augment.Centre(args.image_size, args.mean, args.std, crop=not args.aug_crop)
     if knn_is_due(args, epoch):
-        found["knn"] = evaluate.knn(model.encoder_q, split, validation, centre, args.batch_size, workers=args.workers)
-    if model.classifies:
-        network = evaluate.frozen(model.encoder_q, keep_fc=True)
-        images = Centres(validation, replace(centre, crop=False), args.batch_size, device, args.workers)
+        found["knn"] = evaluate.knn(encoder, split, validation, centre, args.batch_size, workers=args.workers)
+    prototypes = isinstance(model, MoCoProto) and knn_is_due(args, epoch)
+    if model.classifies or prototypes:
+        network = evaluate.frozen(encoder, keep_fc=True)
+        if prototypes:
+            features = network
+            network = lambda images: model.scores(F.normalize(features(images), dim=1))  # noqa: E731
+        centre = replace(centre, crop=False) if model.classifies else centre
+        images = Centres(validation, centre, args.batch_size, device, args.workers)
         found["top1"], found["top5"], _ = evaluate.accuracy(network, images, len(validation.classes))
     return found
 
@@ -185,13 +218,14 @@ def save(
     writer: checkpoint.Writer,
     args: Namespace,
     model: nn.Module,
+    average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     epoch: int,
     begun: dict | None = None,
 ) -> None:
     """`epoch` epochs are complete; `begun`: what the next one has seen so far, see Record.state."""
     if begun:
-        average_statistics(model)
+        average_statistics(model, average)
     state = model.state_dict()
     checkpoint.check_finite(state, f"after {epoch} epochs and {begun['step'] if begun else 0} steps")
     if distributed.rank() != 0:
@@ -203,14 +237,19 @@ def save(
         "optimizer": optimizer.state_dict(),
         "options": options.plain(args),
     }
+    if average:
+        content["average"] = checkpoint.with_prefix(
+            {f"encoder_q.{n}": v for n, v in average.module.state_dict().items()}
+        )
     kept = not begun and (epoch % args.save_freq == 0 or epoch == args.epochs)
     name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
     writer.save(Path(args.output_dir, checkpoint.LAST), content | (begun or {}), name)
 
 
-def average_statistics(model: nn.Module) -> None:
+def average_statistics(*models: nn.Module | None) -> None:
     """Batch norm's running statistics become their mean over the processes, as they would be in one process."""
-    running = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    buffers = [named for model in models if model for named in model.named_buffers()]
+    running = [b for name, b in buffers if name.endswith(("running_mean", "running_var"))]
     if distributed.world_size() > 1:
         means = distributed.all_mean(torch.cat([b.flatten() for b in running])).split([b.numel() for b in running])
         torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])

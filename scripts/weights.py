@@ -34,7 +34,7 @@ def write(run: Path, scores: dict, path: Path) -> dict | None:
     content = {
         "epoch": saved["epoch"],
         "arch": saved["arch"],
-        "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved["state_dict"], run)),
+        "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved, run)),
         "best": {name: scores[name] for name in ("top1", "top5", "epoch")},
         # A classifier trained by cross entropy sees images as they are.
         "options": kept | {"centre_crop": saved["options"].get("centre_crop", False)},

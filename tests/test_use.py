@@ -36,7 +36,7 @@ def test_features_are_those_of_the_linear_evaluation(trained):
         assert not encoder.training
         saved = checkpoint.load(path)
         frozen = encoders.build("resnet20")(num_classes=1)
-        checkpoint.load_encoder(frozen, checkpoint.encoder_weights(saved["state_dict"], path), path)
+        checkpoint.load_encoder(frozen, checkpoint.encoder_weights(saved, path), path)
         options = saved["options"]
         centre = augment.Centre(12, options["mean"], options["std"])
         ((images, _),) = batches.Centres(split, centre, 64, torch.device("cpu"))

@@ -55,9 +55,9 @@ def main():
                 "labels": labels_table(labelled),
                 "searches": searches(args.results),
                 "tries": tries(args.results / "own"),
+                "speed": speed(benches),
             },
             "docs/imagenet.md": {"large": small_table([r for r in runs if r["dataset"] == "imagefolder"])},
-            "docs/speed.md": {"speed": speed(benches)},
         }.items():
             path = args.pages / page
             new = old = path.read_text()

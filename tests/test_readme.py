@@ -149,7 +149,8 @@ def test_a_report_of_two_methods(run, tmp_path):
     assert "| MoCo v2 | cifar10 | resnet20 | 2 |" in text and "61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)" in text
     assert "| MoCo v2 | 2 | 40.0 ± 0.0 (2 seeds) | 61.9 ± 0.7" in (pages / "README.md").read_text()
     for name in ("curves", "embeddings"):
-        assert f"results/{name}.png" in README + PAGES["results.md"] and (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert f"results/{name}.png" in README + PAGES["results.md"]
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
     assert run("scripts/report.py", *words, "--check").status == 0
 
 

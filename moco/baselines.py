@@ -31,6 +31,7 @@ class SupContrast(nn.Module):
         self.watch, self.health = False, None
         self.encoder_q = base_encoder(num_classes=dim)
         encoders.add_mlp_head(self.encoder_q)
+        encoders.split_batch_norm(self.encoder_q, bn_splits)
 
     def forward(self, im_1: Tensor, im_2: Tensor, labels: Tensor) -> Tensor:
         """
@@ -42,8 +43,8 @@ class SupContrast(nn.Module):
         """
         # compute features of both views: batch norm sees both views of a chunk together
         chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
-        z = encoders.apply(self.encoder_q, torch.cat([view for pair in chunks for view in pair]), self.bn_splits)
-        z = F.normalize(z, dim=1)  # 2NxC
+        z = self.encoder_q(torch.cat([view for pair in chunks for view in pair]))
+        z = F.normalize(z.float(), dim=1)  # 2NxC
         z_labels = self.for_both_views(labels)
         z_images = self.for_both_views(torch.arange(len(labels), device=z.device))
 
@@ -78,10 +79,10 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, base_encoder: Callable[..., nn.Module], classes: int, *, bn_splits: int = 1):
         super().__init__()
-        self.bn_splits = bn_splits
         self.watch, self.health = False, None
         self.encoder_q = base_encoder(num_classes=classes)
+        encoders.split_batch_norm(self.encoder_q, bn_splits)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""
-        return F.cross_entropy(encoders.apply(self.encoder_q, images, self.bn_splits), labels)
+        return F.cross_entropy(self.encoder_q(images).float(), labels)

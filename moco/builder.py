@@ -21,8 +21,8 @@ class MoCo(nn.Module):
         base_encoder: `base_encoder(num_classes=dim)` builds a network whose last layer is `fc`.
         dim: width C of the features. K: length of the queue. m: momentum of the key encoder. T: temperature.
         mlp: replace `fc` with MoCo v2's two-layer head.
-        bn_splits: apply the encoders to this many chunks of the batch, so that batch norm sees what that many
-            processes would see; Shuffling BN then works in one process too.
+        bn_splits: the encoders' batch norm sees this many chunks of the batch, each by itself, as it would on that
+            many processes; Shuffling BN then works in one process too.
     """
 
     labelled = False  # does forward take labels?
@@ -49,6 +49,8 @@ class MoCo(nn.Module):
         if mlp:
             encoders.add_mlp_head(self.encoder_q)
             encoders.add_mlp_head(self.encoder_k)
+        encoders.split_batch_norm(self.encoder_q, bn_splits)
+        encoders.split_batch_norm(self.encoder_k, bn_splits)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
@@ -99,7 +101,7 @@ class MoCo(nn.Module):
 
     def encode(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C) float32, L2-normalised."""
-        return F.normalize(encoders.apply(encoder, images, self.bn_splits), dim=1)
+        return F.normalize(encoder(images).float(), dim=1)
 
     @torch.no_grad()
     def momentum_update(self) -> None:

@@ -95,63 +95,81 @@ class resnet20(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def apply(encoder: nn.Module, images: torch.Tensor, bn_splits: int = 1) -> torch.Tensor:
-    """(N, 3, H, W) -> (N, C) float32. In training, batch norm sees each of `bn_splits` chunks of the batch alone."""
-    if bn_splits == 1 or not encoder.training or getattr(encoder, "splits_inside", False):
-        return encoder(images).float()
-    # Every chunk starts from the same running statistics and their results are averaged: one update by the mean of
-    # the chunks' statistics, which is what as many processes arrive at when they average theirs.
-    # (`.data`, since autograd would take a change of theirs for one of what the backward pass needs.)
-    running = [buffer.data for buffer in encoder.buffers() if buffer.is_floating_point()]
-    before, after = torch._foreach_mul(running, 1), torch._foreach_mul(running, 0)
-    features = []
-    chunks = images.chunk(bn_splits)  # fewer, if there are fewer images
-    for chunk in chunks:
-        torch._foreach_copy_(running, before)
-        features.append(encoder(chunk).float())
-        torch._foreach_add_(after, running, alpha=1 / len(chunks))
-    torch._foreach_copy_(running, after)
-    return torch.cat(features)
-
-
 class SplitBatchNorm(_BatchNorm):
-    """Batch norm that does in one pass what `apply` does chunk by chunk, to rounding: half the kernels, once compiled.
+    """Batch norm that sees each of `splits` chunks of the batch by itself, as it would on as many processes.
 
-    It takes the place of a layer for images (N, C, H, W) or vectors (N, C), and shares its parameters and statistics.
+    In training every chunk is normalised by its own mean and variance, and the running statistics take one step
+    towards the mean of the chunks': what the processes arrive at when they average theirs. The chunks are those of
+    `x.chunk(splits)`, so where `splits` does not divide the batch the last one is smaller, or there are fewer.
+
+    Args:
+        layer: gives its parameters and statistics to this one, which trains them only if `layer` did.
     """
 
     def __init__(self, layer: _BatchNorm, splits: int):
-        super().__init__(layer.num_features, layer.eps, layer.momentum)
-        self.load_state_dict(layer.state_dict(keep_vars=True), assign=True)
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+            setattr(self, name, tensor)
         self.train(layer.training)
         self.splits = splits
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Both kinds are right."""
+        """Any (N, C, ...) will do."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        chunks = x.unflatten(0, (self.splits, -1)).float()  # (splits, n, C, ...)
-        others = [1, *range(3, chunks.dim())]
-        mean = chunks.mean(others, keepdim=True)
-        var = (chunks.square().mean(others, keepdim=True) - mean.square()).clamp(min=0)
-        with torch.no_grad():
-            count = chunks[0, :, 0].numel()
-            self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
-            self.running_var.lerp_(var.mean(0).flatten() * (count / (count - 1)), self.momentum)
-        weight, bias = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.weight, self.bias))
-        normed = (chunks - mean) * (torch.rsqrt(var + self.eps) * weight) + bias
-        return normed.to(x.dtype).flatten(0, 1)
+        # F.batch_norm is the fastest in eager mode; a compiler makes fewer kernels of the formula for all chunks.
+        equal = len(x) % self.splits == 0 and x[:, 0].numel() > self.splits
+        whole = torch.compiler.is_compiling() and equal
+        normed, mean, var = self.at_once(x) if whole else self.one_by_one(x)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                step = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), step)
+                self.running_var.lerp_(var.mean(0).to(self.running_var.dtype), step)
+        return normed
+
+    def one_by_one(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x normalised, and the mean and the unbiased variance of each chunk, (chunks, C)."""
+        chunks = x.chunk(self.splits)
+        like = x if self.weight is None else self.weight
+        mean, var = like.new_zeros(2, len(chunks), self.num_features)
+        normed = [
+            F.batch_norm(chunk, m, v, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            for chunk, m, v in zip(chunks, mean, var, strict=True)
+        ]
+        return torch.cat(normed), mean, var
+
+    def at_once(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `one_by_one`, for equal chunks."""
+        chunks = x.unflatten(0, (self.splits, -1))  # (splits, n, C, ...)
+        chunks = chunks.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(chunks, [1, *range(3, chunks.dim())], correction=0, keepdim=True)
+        scale, shift = torch.rsqrt(var + self.eps), 0
+        if self.affine:
+            weight, shift = (p.view(-1, *[1] * (x.dim() - 2)) for p in (self.weight, self.bias))
+            scale = scale * weight
+        normed = ((chunks - mean) * scale + shift).to(x.dtype).flatten(0, 1)
+        count = chunks[0, :, 0].numel()
+        return normed, mean.detach().flatten(1), var.detach().flatten(1) * (count / (count - 1))
 
 
 def split_batch_norm(encoder: nn.Module, splits: int) -> None:
-    """Has the encoder's batch norm layers see each of `splits` equal chunks alone, so that `apply` need not cut it."""
-    for name, layer in list(encoder.named_modules()):
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+    """Has the batch norm layers of an encoder see each of `splits` chunks of the batch by itself; names stay.
+
+    Raises:
+        UsageError: a layer is of another kind of batch norm than PyTorch's three (BatchNorm1d, 2d and 3d).
+    """
+    if splits == 1:
+        return
+    for name, layer in list(encoder.named_modules(remove_duplicate=False)):
+        if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             parent, _, child = name.rpartition(".")
             setattr(encoder.get_submodule(parent), child, SplitBatchNorm(layer, splits))
-    encoder.splits_inside = True
+        elif isinstance(layer, _BatchNorm):
+            raise UsageError(f"bn_splits={splits}: layer '{name}' is a {type(layer).__name__}, which cannot be split")
 
 
 def add_mlp_head(network: nn.Module) -> None:

@@ -122,9 +122,6 @@ def fit(
         return
     if args.compile:
         for encoder in model.children():
-            # A compiled step on a GPU is bound by the number of its kernels.
-            if device.type == "cuda" and args.bn_splits > 1:
-                encoders.split_batch_norm(encoder, args.bn_splits)
             encoder.compile()
     network = distributed.parallel(model, device)
     log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)

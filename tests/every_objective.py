@@ -1,4 +1,7 @@
-"""Trains two short epochs of every objective, on as many processes as there are: OUT BN_SPLITS. Used by test_runs."""
+"""Trains two short epochs of every objective, on as many processes as there are. Used by test_runs.
+
+OUT BN_SPLITS [--compile | --no-compile]: with the third word, of a small network that compiles in seconds.
+"""
 
 import csv
 import sys
@@ -6,11 +9,26 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from conftest import TINY
-from moco import baselines, builder, distributed, epoch, options, pretrain
+from moco import baselines, builder, distributed, encoders, epoch, options, pretrain
 
-out, splits = Path(sys.argv[1]), sys.argv[2]
+
+class Small(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
+
+
+out, splits, more = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+if more:
+    encoders.build = lambda arch, stem: Small
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
 
@@ -26,7 +44,7 @@ methods = dict.fromkeys((builder.MoCo, builder.MoCoIn, builder.MoCoOut, builder.
 methods |= {baselines.SupContrast: options.SUPCON, baselines.CrossEntropy: options.CROSS_ENTROPY}
 for model_class, method in methods.items():
     words = [*TINY.split(), "--epochs", "2", "--warm-up", "1", "--bn-splits", splits, "--lr", "0.02"]
-    words += ["--output-dir", str(out / model_class.__name__)]
+    words += ["--output-dir", str(out / model_class.__name__), *more]
     if issubclass(model_class, builder.MoCo):
         words += ["--moco-k", "72", "--moco-dim", "16", "--mlp", "--aug-plus", "--moco-t", "0.2"]
     args, steps = options.pretrain_parser("", method).parse_args(words), []

@@ -92,52 +92,116 @@ def test_convolutions_of_resnet20_start_as_he_et_al_say():
         assert convolution.weight.std().item() == pytest.approx(wanted, rel=0.2)
 
 
-def test_apply_splits_the_batch_in_training_alone():
+def chunk_by_chunk(network, images, splits):
+    """Features of each chunk by a copy of the network; the copies' mean running statistics, by name."""
+    chunks = images.chunk(splits)
+    copies = [copy.deepcopy(network) for _ in chunks]
+    features = torch.cat([one(chunk) for one, chunk in zip(copies, chunks, strict=True)])
+    states = [one.state_dict() for one in copies]
+    names = [name for name in states[0] if "running" in name]
+    return features, {name: torch.stack([state[name] for state in states]).mean(0) for name in names}
+
+
+class Layers(nn.Module):
+    """Every kind of batch norm of PyTorch's, one without a running statistic, one without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4, momentum=None)
+        self.inner = nn.ModuleDict({"bn": nn.BatchNorm3d(4, affine=False)})
+        self.free = nn.BatchNorm1d(4, track_running_stats=False)
+        self.fc = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+    def forward(self, x):
+        x = self.inner["bn"](self.bn1(self.conv1(x)).relu()[..., None])
+        return self.fc(self.free(x.square().mean((2, 3, 4))))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("size", [12, 11, 3], ids=["divisible", "a smaller chunk", "fewer than chunks"])
+def test_batch_norm_of_chunks(size, compiled):
+    """Features, gradients and running statistics are those of chunk by chunk, for any layer and any batch."""
     torch.manual_seed(0)
-    network = encoders.build("resnet20")(num_classes=5)
-    images = torch.randn(8, 3, 8, 8)
-    trained = copy.deepcopy(network)
-    chunks = torch.cat([copy.deepcopy(network)(chunk) for chunk in images.chunk(4)])
-    assert torch.allclose(encoders.apply(trained, images, 4), chunks, atol=1e-5)
-    # Evaluation sees one image like another, in one pass, and keeps its statistics.
-    trained.eval()
-    before, passes = copy.deepcopy(trained.state_dict()), []
-    trained.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
-    assert torch.equal(encoders.apply(trained, images, 4), trained(images))
-    assert passes == [8, 8]
-    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
-
-
-@pytest.mark.parametrize("splits", [1, 2])
-def test_apply_gives_float32_under_autocast(splits):
-    network = encoders.build("resnet20")(num_classes=5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert encoders.apply(network, torch.randn(4, 3, 8, 8), splits).dtype == torch.float32
-
-
-@pytest.mark.parametrize("arch", ["resnet20", "resnet18"])
-def test_batch_norm_of_chunks_in_one_pass(arch):
-    """Features, gradients and statistics of chunk by chunk; the parameters stay the optimizer's."""
-    torch.manual_seed(0)
-    network = encoders.build(arch)(num_classes=5)
+    network = Layers() if size > 3 else nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     for p in network.parameters():
-        nn.init.normal_(p, std=0.5 if p.dim() == 1 else 0.1)
-    split, images = copy.deepcopy(network), torch.randn(12, 3, 16, 16)
-    parameters = dict(split.named_parameters())
-    encoders.split_batch_norm(split, 3)
-    assert list(split.state_dict()) == list(network.state_dict())
-    assert all(p is parameters[name] for name, p in split.named_parameters())
-    found = []
-    for one in (network, split):
-        features = encoders.apply(one, images, 3)
-        features.square().mean().backward()
-        found.append(
-            [features, *(p.grad for p in one.parameters()), *(b for b in one.buffers() if b.is_floating_point())]
-        )
-    for wanted, mine in zip(*found, strict=True):
-        assert (mine - wanted).norm() <= 1e-3 * wanted.norm()
-    network.load_state_dict(split.state_dict())
+        nn.init.normal_(p)
+    split, images = copy.deepcopy(network), torch.randn(size, 3, 6, 6)
+    encoders.split_batch_norm(split, 4)
+    wanted, statistics = chunk_by_chunk(network, images, 4)
+    (wanted.relu() ** 2).sum().backward()
+    network.zero_grad()
+    reference = copy.deepcopy(network)
+    sum((reference(chunk).relu() ** 2).sum() for chunk in images.chunk(4)).backward()
+    run = torch.compile(split, backend="aot_eager") if compiled else split
+    features = run(images)
+    (features.relu() ** 2).sum().backward()
+    assert torch.allclose(features, wanted, atol=1e-5)
+    for name, p in reference.named_parameters():
+        mine = split.get_parameter(name).grad
+        assert (mine - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-4, name
+    for name, value in statistics.items():
+        assert torch.allclose(split.state_dict()[name], value, atol=1e-6), name
+    assert all(value == 1 for name, value in split.state_dict().items() if "num_batches" in name)
+
+
+def test_batch_norm_of_chunks_keeps_names_and_parameters():
+    network = encoders.build("resnet18")(num_classes=5)
+    names, parameters = list(network.state_dict()), dict(network.named_parameters())
+    network.bn1.requires_grad_(False)
+    before = [p.requires_grad for p in parameters.values()]
+    encoders.split_batch_norm(network, 2)
+    assert list(network.state_dict()) == names
+    assert all(p is parameters[name] for name, p in network.named_parameters())
+    assert [p.requires_grad for p in network.parameters()] == before
+    assert type(network.bn1) is not nn.BatchNorm2d
+
+
+def test_batch_norm_of_chunks_in_evaluation():
+    """One image like another, in one pass, by the running statistics, which stay."""
+    torch.manual_seed(0)
+    network = encoders.build("resnet20")(num_classes=5)
+    network(torch.randn(8, 3, 8, 8))
+    split, images = copy.deepcopy(network), torch.randn(7, 3, 8, 8)
+    encoders.split_batch_norm(split, 4)
+    assert torch.equal(split.eval()(images), network.eval()(images))
     assert torch.equal(evaluate.frozen(split)(images), evaluate.frozen(network)(images))
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in split.state_dict().items())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_batch_norm_of_chunks_of_a_large_mean(compiled):
+    """1,000 times the deviation: the mean square less the squared mean would have no digit left in float32."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    encoders.split_batch_norm(layer, 2)
+    x = (1000 + torch.randn(8, 3, 5, 5)) * torch.tensor([1.0, -1.0, 1e-3]).view(3, 1, 1)
+    chunks = x.double().unflatten(0, (2, 4))
+    var, mean = torch.var_mean(chunks, (1, 3, 4), correction=0, keepdim=True)
+    wanted = ((chunks - mean) / (var + 1e-5).sqrt()).flatten(0, 1)
+    found = (torch.compile(layer, backend="aot_eager") if compiled else layer)(x)
+    assert torch.allclose(found.double(), wanted, atol=1e-3)
+    unbiased = var.mean(0).flatten() * (100 / 99)
+    assert torch.allclose(layer[0].running_var.double(), 0.9 + 0.1 * unbiased, rtol=1e-4)
+    assert torch.allclose(layer[0].running_mean.double(), 0.1 * mean.mean(0).flatten(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_batch_norm_of_chunks_keeps_the_type(compiled):
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    encoders.split_batch_norm(layer, 2)
+    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(torch.randn(4, 3, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer[0].running_var.dtype == torch.float32
+    assert layer.double()(torch.randn(4, 3, 5, 5, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_batch_norm_that_cannot_be_split_is_refused():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.SyncBatchNorm(3))
+    with pytest.raises(UsageError, match="layer '1' is a SyncBatchNorm"):
+        encoders.split_batch_norm(network, 2)
+    encoders.split_batch_norm(network, 1)
 
 
 def test_mlp_head():

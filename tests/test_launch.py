@@ -1,6 +1,5 @@
 """Ways to launch, several machines (here: several launches on one), and what each of them says when one fails."""
 
-import copy
 import dataclasses
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_MOCO
-from moco import datasets, distributed, encoders, launch
+from moco import datasets, distributed, launch
 from moco.errors import UsageError
 from moco.launch import plan
 from test_bad_input import SHORT
@@ -192,18 +191,6 @@ def test_each_node_prints_one_line(tmp_path):
         said = [line for line in err.splitlines() if "main_moco.py: error: " in line]
         assert len(said) == 1 and "-b 30 cannot be shared equally by 4 processes" in said[0], err
         assert re.search(rf"\(rank [{2 * node}{2 * node + 1}] on ", said[0]), said
-
-
-def test_fewer_images_than_chunks():
-    """Five images in four chunks are three: of two, two and one."""
-    torch.manual_seed(0)
-    images, encoder = torch.randn(5, 3, 8, 8), encoders.resnet20(4)
-    alone = [copy.deepcopy(encoder) for _ in range(3)]
-    features = encoders.apply(encoder, images, 4)
-    expected = [one(chunk) for one, chunk in zip(alone, images.chunk(4), strict=True)]
-    assert torch.allclose(features, torch.cat(expected), atol=1e-6)
-    means = torch.stack([one.bn1.running_mean for one in alone]).mean(0)
-    assert torch.allclose(encoder.bn1.running_mean, means, atol=1e-7)
 
 
 def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeypatch):

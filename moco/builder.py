@@ -122,7 +122,10 @@ class MoCo(nn.Module):
 
 
 class LabelAwareMoCo(MoCo):
-    """MoCo with a label for every key of the queue. A variant gives its `loss`, or an `objective` of its own."""
+    """MoCo with a label for every key of the queue. A variant gives its `loss`, or an `objective` of its own.
+
+    Where an objective leaves rows out, it ends in `mean_over_rows`.
+    """
 
     labelled = True
     loss: Callable[[Tensor, Tensor], Tensor]  # of logits and positives, see moco.losses
@@ -183,6 +186,19 @@ class LabelAwareMoCo(MoCo):
         positives = (labels[:, None] == key_labels) & (labels[:, None] != UNLABELLED)
         positives[:, own : own + len(q)].fill_diagonal_(True)
         return q @ keys / self.T, positives
+
+    @staticmethod
+    def mean_over_rows(losses: Tensor, counted: Tensor) -> Tensor:
+        """The mean over the rows that count, of all processes: it does not depend on their number.
+
+        Args:
+            losses: (N,) float, counted: (N,) bool, of this process, see `reduction="rows"` in moco.losses.
+        Returns:
+            float32 scalar, this process's sum times processes / the global count. Its mean over the processes, which
+            the loop logs, and that of its gradient, which DistributedDataParallel makes, are those of the global mean.
+        """
+        count = distributed.all_sum(counted.sum()).clamp(min=1)
+        return torch.where(counted, losses, 0).sum() * (distributed.world_size() / count)
 
 
 class MoCoIn(LabelAwareMoCo):

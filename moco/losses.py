@@ -1,8 +1,9 @@
 """The objectives, as pure functions of logits and masks.
 
 Notation: row i of `logits` is a query, column a is a member of its contrast set A(i); logits[i, a] = s(i, a) =
-q_i . a / T. `positives` marks P(i), the members of A(i) with the query's label. Everything is computed in
-float32, whatever the input: bfloat16 has too few digits for a log-sum-exp over 65,536 keys.
+q_i . a / T. `positives` marks P(i), the members of A(i) with the query's label; or it gives weights w(i, a), 0 or more,
+and P(i) are the members of A(i) with a weight. A mask is weights of 0 and 1. Everything is computed in float32, whatever
+the input: bfloat16 has too few digits for a log-sum-exp over 65,536 keys.
 """
 
 import torch
@@ -12,45 +13,69 @@ from torch import Tensor
 UNLABELLED = -1  # matches nothing: the label of an image without one, and of a queue slot that was never filled
 
 
-def in_loss(logits: Tensor, positives: Tensor) -> Tensor:
+def in_loss(logits: Tensor, positives: Tensor, *, reduction: str = "mean") -> Tensor | tuple[Tensor, Tensor]:
     """SupContrast "In": the mean over the positives is inside the logarithm (L_in, arXiv:2004.11362, eq. 3).
 
         L_i = -log( 1/|P(i)| * sum_{p in P(i)} exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
 
+    With weights, the mean is weighted:
+
+        L_i = -log( sum_p w(i, p) exp s(i, p) / sum_p w(i, p) / sum_{a in A(i)} exp s(i, a) )
+
     Args:
         logits: (N, M) float, already divided by the temperature.
-        positives: (N, M) bool.
+        positives: (N, M) bool, or float weights, 0 or more.
+        reduction: "mean" or "rows".
     Returns:
-        float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
+        "mean": float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
+        "rows": the loss of each row, (N,) float32, and which rows have a positive, (N,) bool; the others' loss is 0.
     """
     logits = logits.float()
-    count = positives.sum(1)
-    loss = logits.logsumexp(1) - masked_logsumexp(logits, positives) + count.clamp(min=1).log()
-    return mean_over_rows(loss, count > 0)
+    if positives.dtype == torch.bool:
+        weighted = logits
+    else:
+        weights, positives = positives.float(), positives > 0
+        weighted = logits + torch.where(positives, weights, 1).log()
+    total = positives.sum(1) if weighted is logits else weights.sum(1)
+    counted = total > 0
+    loss = logits.logsumexp(1) - masked_logsumexp(weighted, positives) + torch.where(counted, total, 1).log()
+    return reduced(loss, counted, reduction)
 
 
-def out_loss(logits: Tensor, positives: Tensor, contrast: Tensor | None = None) -> Tensor:
+def out_loss(
+    logits: Tensor, positives: Tensor, contrast: Tensor | None = None, *, reduction: str = "mean"
+) -> Tensor | tuple[Tensor, Tensor]:
     """SupContrast "Out": the mean over the positives is outside the logarithm (L_out, arXiv:2004.11362, eq. 2).
 
         L_i = 1/|P(i)| * sum_{p in P(i)} -log( exp s(i, p) / sum_{a in A(i)} exp s(i, a) )
 
+    With weights, the mean is weighted:
+
+        L_i = sum_p w(i, p) * -log( exp s(i, p) / sum_{a in A(i)} exp s(i, a) ) / sum_p w(i, p)
+
     Args:
         logits: (N, M) float, already divided by the temperature.
-        positives: (N, M) bool; only those inside `contrast` count.
+        positives: (N, M) bool, or float weights, 0 or more; only those inside `contrast` count.
         contrast: (N, M) bool, the members of A(i); None if every column is one.
+        reduction: "mean" or "rows".
     Returns:
-        float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
+        As in_loss.
     """
     logits = logits.float()
     if contrast is None:
         denominator = logits.logsumexp(1)
     else:
-        positives = positives & contrast
+        positives = positives.masked_fill(~contrast, 0)
         denominator = masked_logsumexp(logits, contrast)
-    count = positives.sum(1)
     # Distances to the denominator are averaged, not logits: at |logits| of 1e4 the latter would cancel.
-    distance = (denominator[:, None] - logits).masked_fill(~positives, 0)
-    return mean_over_rows(distance.sum(1) / count.clamp(min=1), count > 0)
+    distance = denominator[:, None] - logits
+    if positives.dtype == torch.bool:
+        total, distance = positives.sum(1), distance.masked_fill(~positives, 0)
+    else:
+        weights = positives.float()
+        total, distance = weights.sum(1), distance.masked_fill(weights == 0, 0) * weights
+    counted = total > 0
+    return reduced(distance.sum(1) / torch.where(counted, total, 1), counted, reduction)
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -80,8 +105,11 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).logsumexp(1)
 
 
-def mean_over_rows(loss: Tensor, counted: Tensor) -> Tensor:
-    return torch.where(counted, loss, 0).sum() / counted.sum().clamp(min=1)
+def reduced(loss: Tensor, counted: Tensor, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    if reduction not in ("mean", "rows"):
+        raise ValueError(f"reduction '{reduction}': it is mean or rows")
+    loss = torch.where(counted, loss, 0)
+    return (loss, counted) if reduction == "rows" else loss.sum() / counted.sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from moco import options
+from moco import encoders, options
 
 IMAGENET = (ROOT / "docs/imagenet.md").read_text()
 
 
 def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     there = {}
@@ -29,6 +29,22 @@ def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
     )
     done = run("main_lincls.py", "--pretrained mine.pth.tar --dataset digits --image-size 8 --epochs 1 --seed 0")
     assert done.status == 0 and "result: top1=" in done.out, done.err
+
+
+def test_images_of_several_labels():
+    """The weights of the example are shared labels over all labels, and 1 for the query's own key."""
+    there = {}
+    exec(re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)[1], there)
+    seen = []
+    loss = there["out_loss"]
+    there["out_loss"] = lambda logits, weights: (seen.append(weights), loss(logits, weights))[1]
+    torch.manual_seed(0)
+    model = there["Overlap"](encoders.build("resnet20"), dim=8, K=3)
+    labels = torch.tensor([0b1, 0b101, -1])
+    model.label_queue.copy_(torch.tensor([0b1101, -1, 0b1000000]))
+    model(torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8), labels).backward()
+    wanted = [[1, 1 / 2, 0, 1 / 3, 0, 0], [1 / 2, 1, 0, 2 / 3, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert torch.allclose(seen[0], torch.tensor(wanted))
 
 
 def test_the_commands_for_imagenet_are_understood():

@@ -204,3 +204,59 @@ def test_health_without_positives_or_negatives_is_finite():
     logits, _, _ = case()
     for positives in (everything, ~everything):
         assert contrast_health(logits, positives, 0.2).isfinite().all()
+
+
+def weighted(logits, weights, contrast, inside):
+    """The weighted L_in or L_out of each row with a positive, by row, one exponential at a time."""
+    rows = {}
+    for i in range(len(logits)):
+        members = [a for a in range(logits.shape[1]) if contrast[i, a]]
+        total = sum(weights[i, p] for p in members)
+        if not total:
+            continue
+        denominator = sum(logits[i, a].exp() for a in members)
+        ratios = [(weights[i, p] / total, logits[i, p].exp() / denominator) for p in members if weights[i, p]]
+        mean = sum(w * ratio for w, ratio in ratios)
+        rows[i] = -mean.log() if inside else sum(-w * ratio.log() for w, ratio in ratios)
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_weights_and_rows_are_their_formulas(seed):
+    logits, positives, contrast = case(seed=seed)
+    weights = torch.rand(6, 17, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * positives
+    weights[1], weights[2] = 0, weights[2] * 1e-3
+    for loss, inside, mask in ((in_loss, True, None), (out_loss, False, None), (out_loss, False, contrast)):
+        ours, theirs = both(logits)
+        more = () if mask is None else (mask,)
+        losses, counted = loss(ours, weights, *more, reduction="rows")
+        wanted = weighted(theirs, weights, everything if mask is None else mask, inside)
+        assert losses.dtype == torch.float32 and losses.shape == counted.shape == (6,)
+        assert counted.nonzero().flatten().tolist() == list(wanted) and losses[1] == 0
+        assert losses[counted].tolist() == pytest.approx([row.item() for row in wanted.values()], rel=1e-5)
+        mean = loss(ours, weights, *more)
+        assert mean.item() == pytest.approx(sum(wanted.values()).item() / len(wanted), rel=1e-5)
+        mean.backward()
+        (sum(wanted.values()) / len(wanted)).backward()
+        assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
+
+
+def test_a_mask_is_weights_of_0_and_1():
+    """Loss and gradient, bit for bit."""
+    logits, positives, contrast = case()
+    positives[1] = False
+    for loss, more in ((in_loss, ()), (out_loss, ()), (out_loss, (contrast,))):
+        found = []
+        for chosen in (positives, positives.float(), positives.long()):
+            leaf = logits.clone().requires_grad_()
+            value = loss(leaf, chosen, *more)
+            value.backward()
+            found.append((value, leaf.grad))
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_an_unknown_reduction_is_refused():
+    logits, positives, _ = case()
+    for loss in (in_loss, out_loss):
+        with pytest.raises(ValueError, match="'sum'"):
+            loss(logits, positives, reduction="sum")

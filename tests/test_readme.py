@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -68,6 +70,23 @@ def test_the_example_of_a_variant(run, tmp_path):
     script.write_text(example)
     done = run(script, TINY, "--epochs 1 --moco-k 40 --moco-dim 8 --output-dir", tmp_path)
     assert done.status == 0 and "QueueOnly" in done.out, done.err
+
+
+def test_the_example_does_not_depend_on_the_number_of_processes(tmp_path):
+    """Few images have a label, so few queries have a positive, and not as many on each process."""
+    script = tmp_path / "main_variant.py"
+    script.write_text(re.search(r"```python\n(# main_\w+\.py\n.*?)```", README, re.S)[1])
+    words = [*TINY.split(), "--epochs", "1", "--moco-k", "40", "--moco-dim", "8", "--labels-per-class", "8"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0"]
+    losses = []
+    for launch, splits in (([], "2"), (launcher, "1")):
+        out = tmp_path / splits
+        command = [sys.executable, *launch, str(script), *words, "--bn-splits", splits, "--output-dir", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        losses.append(float(logs.read(out / "log.csv")[-1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_the_tables_are_what_results_say(run):

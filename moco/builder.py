@@ -187,19 +187,6 @@ class LabelAwareMoCo(MoCo):
         positives[:, own : own + len(q)].fill_diagonal_(True)
         return q @ keys / self.T, positives
 
-    @staticmethod
-    def mean_over_rows(losses: Tensor, counted: Tensor) -> Tensor:
-        """The mean over the rows that count, of all processes: it does not depend on their number.
-
-        Args:
-            losses: (N,) float, counted: (N,) bool, of this process, see `reduction="rows"` in moco.losses.
-        Returns:
-            float32 scalar, this process's sum times processes / the global count. Its mean over the processes, which
-            the loop logs, and that of its gradient, which DistributedDataParallel makes, are those of the global mean.
-        """
-        count = distributed.all_sum(counted.sum()).clamp(min=1)
-        return torch.where(counted, losses, 0).sum() * (distributed.world_size() / count)
-
 
 class MoCoIn(LabelAwareMoCo):
     """L_i = -log( mean_{p in P(i)} exp s(i, p) / sum_{a in A} exp s(i, a) ); A: the step's keys and the queue."""

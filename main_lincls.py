@@ -29,7 +29,7 @@ from moco.logs import say
 from moco.signals import Interruption
 
 LAST, BEST = "linear_last.pth.tar", "model_best.pth.tar"
-COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds", "cpu_seconds"]
+COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds"]
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def evaluate_linear(args: Namespace, device: torch.device) -> None:
         return
     if args.resume:
         checkpoint.compare_options(saved["options"], vars(args), source)
-    split = load(True, per_class=args.per_class, in_memory=args.views == "batched")
+    split = load(True, per_class=args.per_class)
     if len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
     if args.resume:
@@ -135,7 +135,6 @@ def train(
         std=args.std,
         device=device,
         drop_last=False,
-        pil=args.views == "pil",
         workers=args.workers,
         epochs=args.epochs,
         compile=args.compile,
@@ -161,7 +160,7 @@ def train(
         for epoch in range(first_epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             set_learning_rate(optimizer, lr)
-            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, record, batches.cpu_seconds)
+            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, record)
             for step, ((images,), labels, _) in progress.waited_for(batches.epoch(epoch, record.shown)):
                 # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
                 batch = min(args.batch_size, len(split) - step * args.batch_size)
@@ -179,12 +178,12 @@ def train(
                     progress.show(done, Loss=f"{record.losses[:done].mean():.4f}", lr=f"{lr:.4g}")
                     if stop and done < len(batches):
                         progress.close()
-                        begun = record.state(progress.spent(device))
+                        begun = record.state(progress.spent())
                         save(writer, encoder, optimizer, epoch, best, args, begun)
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
-            save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(device), row))
+            save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(), row))
             top1, top5, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
@@ -193,12 +192,12 @@ def train(
                 f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, "
                 f"top-5 {best['top5']:.2f} (epoch {best['epoch']})"
             )
-            row["seconds"], row["cpu_seconds"] = progress.spent(device)
+            row["seconds"] = progress.spent()
             log.add(epoch, **row)
             save(writer, encoder, optimizer, epoch + 1, best, args, {"confusion": confusion})
             if stop:
                 interruption.leave(writer, f"after epoch {epoch}")
-            record.restart(*progress.spent(device, since=row))
+            record.restart(progress.spent() - row["seconds"])
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")

@@ -8,16 +8,15 @@ data-loading workers.
 import atexit
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import islice
 
-import numpy as np
 import torch
+from numpy.random import SeedSequence
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from moco import augment, distributed
 from moco.datasets import PathArray, Split, pixels
@@ -25,25 +24,52 @@ from moco.errors import RunError, UsageError
 from moco.signals import ignore_signals
 
 # What a random choice is for: part of its seed, so that no two choices share a stream.
-IMAGES, KEYS, PARAMETERS, JITTER, PILLOW, CROPS = range(6)
+IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
 SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A torch.Generator seeded with all of these whole numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    """A torch.Generator seeded with all of these integers."""
+    state = SeedSequence(numbers).generate_state(1, "uint64")
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
+def my_share(rows: Tensor) -> Tensor:
+    """This process's rows of a global batch."""
+    return rows.tensor_split(distributed.world_size())[distributed.rank()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which images are in which global batch: a function of seed and epoch."""
+
+    images: int
+    batch_size: int
+    seed: int
+    drop_last: bool
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.images // self.batch_size if self.drop_last else -(-self.images // self.batch_size)
+
+    def rows(self, epoch: int) -> Tensor:
+        """The rows of the data set in an epoch, (n,) int64: its batches are rows.split(batch_size)."""
+        rows = torch.randperm(self.images, generator=generator(self.seed, epoch, IMAGES))
+        return rows[: len(self) * self.batch_size]
+
+    def key_orders(self, epoch: int) -> Tensor:
+        """(steps, B) int64: at each step, row j of the key views shows image order[j] of the batch (Shuffling BN)."""
+        return torch.rand(len(self), self.batch_size, generator=generator(self.seed, epoch, KEYS)).argsort(1)
+
+
 class Batches:
-    """The global batches of an epoch, and of each this process's share of views.
+    """The global batches of an epoch, and this process's share of their views.
 
     Args:
-        recipes: an augment.Recipe a view. Of two views the second one is the key's.
+        recipes: an augment.Recipe per view. The second view, if there is one, is the key's.
         batch_size: of the global batch. mean, std: of the pixels, in 0..1.
         shuffle_keys: make key views of other rows of the batch than query views, and say which (Shuffling BN).
         drop_last: leave out the last batch where it is smaller than the others.
-        pil: make all views with torchvision on PIL images, in workers.
         workers: data-loading workers of this machine, over all its processes; they prepare the next epoch while one
             is trained, up to `epochs`.
         compile: torch.compile the views.
@@ -61,263 +87,192 @@ class Batches:
         device: torch.device,
         shuffle_keys: bool = False,
         drop_last: bool = True,
-        pil: bool = False,
         workers: int = 8,
         epochs: int = 1,
         compile: bool = False,
     ):
-        self.split, self.recipes, self.device, self.seed = split, recipes, device, seed
-        self.batch, self.shuffle_keys, self.drop_last = batch_size, shuffle_keys, drop_last
-        self.epochs, self.workers = epochs, workers
-        self.labels = split.labels.to(device)
-        self.worker_seconds = {}  # processor time that each worker has reported
         if drop_last and len(split) < batch_size:
             raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {batch_size})")
-        self.pil, self.in_files = pil, split.images is None
-        self.stream, self.next = None, None  # what the workers make, and the (epoch, step) that comes next
-        if pil:
-            self.dataset = PillowViews(split, [recipe.transform(mean, std) for recipe in recipes], seed)
-        elif self.in_files:
-            self.dataset = Crops(split, recipes, seed)
-        if not pil:
-            self.views = [augment.Views(r, mean, std, device, compile, cropped=self.in_files) for r in recipes]
+        self.recipes, self.device, self.shuffle_keys = recipes, device, shuffle_keys
+        self.plan = Plan(len(split), batch_size, seed, drop_last)
+        self.labels = split.labels.to(device)
+        self.in_files = split.images is None
+        if self.in_files:
+            self.source = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device)
+        else:
+            self.source = Memory(split.images)
+        self.views = [augment.Views(r, mean, std, device, compile, cropped=self.in_files) for r in recipes]
+
+    def __len__(self) -> int:
+        return len(self.plan)
 
     def close(self) -> None:
         """Stops the workers: they ignore signals, so nothing else does."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-            self.worker_seconds.clear()  # os.times() counts them from now on
-
-    def cpu_seconds(self) -> float:
-        """Processor time so far of this process and its workers, running or ended."""
-        ended = os.times()
-        return time.process_time() + sum(self.worker_seconds.values()) + ended.children_user + ended.children_system
-
-    def __len__(self) -> int:
-        return len(self.split) // self.batch if self.drop_last else -(-len(self.split) // self.batch)
+        if self.in_files:
+            self.source.close()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
         """From step `first` on, yields (views, labels, order).
 
-        views: a (n, 3, S, S) float32 tensor a view, of this process's n rows. labels: (n,) int64, of the queries.
+        views: a (n, 3, S, S) float32 tensor per view, of this process's n rows. labels: (n,) int64, of the queries.
         order: (B,) int64, with shuffle_keys: row j of the global batch of key views shows image order[j] of it.
         """
-        make = self.by_pillow if self.pil else self.in_batches
-        return make(epoch, first, *self.order(epoch))
-
-    def order(self, epoch: int) -> tuple[list[Tensor], Tensor | list[None]]:
-        """The images of each global batch of an epoch, and the orders of its keys."""
-        index = torch.randperm(len(self.split), generator=generator(self.seed, epoch, IMAGES))
-        batches = list(index.split(self.batch))[: len(self)]
-        if not self.shuffle_keys:
-            return batches, [None] * len(self)
-        return batches, torch.rand(len(self), self.batch, generator=generator(self.seed, epoch, KEYS)).argsort(1)
-
-    def rows(self, batch, view, order):
-        """The rows of the data set whose `view` this process makes."""
-        rows = batch[order] if view == 1 and order is not None else batch
-        return rows.tensor_split(distributed.world_size())[distributed.rank()]
-
-    def to_device(self, batches, orders):
-        """In one transfer each: one at every step would make the host wait for the step before."""
-        batches = torch.cat(batches).to(self.device).split(self.batch)
-        return batches, orders.to(self.device) if self.shuffle_keys else orders
-
-    def in_batches(self, epoch, first, batches, orders):
-        height, width = (None, None) if self.in_files else self.split.images.shape[2:]
-        device = self.device
-        drawn = []
+        plan, device, orders, shuffle = self.plan, self.device, [None] * len(self), None
+        drawn, jitter = [], []
         for view, recipe in enumerate(self.recipes):
-            rng = generator(self.seed, epoch, PARAMETERS, view)
-            drawn.append(recipe.draw(len(self.split), height, width, rng).to(device))
-        jitter = [generator(self.seed, epoch, JITTER, view) for view in range(len(self.recipes))]
-        if self.in_files:
-            sources = self.crops(epoch, first, orders)
-        batches, orders = self.to_device(batches, orders)
+            parameters = generator(plan.seed, epoch, PARAMETERS, view)
+            drawn.append(recipe.draw(plan.images, *self.source.size, parameters).to(device))
+            jitter.append(generator(plan.seed, epoch, JITTER, view))
+        # In one transfer each: one at every step would make the host wait for the step before.
+        batches = plan.rows(epoch).to(device).split(plan.batch_size)
+        if self.shuffle_keys:
+            orders = plan.key_orders(epoch)
+            shuffle = distributed.Shuffle(orders, device) if self.in_files else None
+            orders = orders.to(device)
         for step, (batch, order) in enumerate(zip(batches, orders, strict=True)):
-            colour = [r.draw_order(j) for r, j in zip(self.recipes, jitter, strict=True)]
+            colours = [recipe.draw_order(rng) for recipe, rng in zip(self.recipes, jitter, strict=True)]
             if step < first:
                 continue
-            rows = [self.rows(batch, view, order) for view in range(len(self.views))]
-            # of images in files: cropped already; else whole images, of which the views are cut out here
-            images = next(sources) if self.in_files else [self.split.images[mine] for mine in rows]
-            made = [views(images[view], drawn[view][rows[view]], colour[view]) for view, views in enumerate(self.views)]
-            yield made, self.labels[self.rows(batch, 0, order)], order
+            rows = [my_share(batch if order is None or view != 1 else batch[order]) for view in range(len(self.views))]
+            images = self.source(epoch, step, rows)
+            if shuffle:  # the process that has an image's query has decoded it: its key crop changes processes
+                images[1] = shuffle(images[1], step)
+            parameters = [draws[each] for draws, each in zip(drawn, rows, strict=True)]
+            views = [make(*what) for make, *what in zip(self.views, images, parameters, colours, strict=True)]
+            yield views, self.labels[rows[0]], order
 
-    def crops(self, epoch, first, orders):
-        """From step `first` on, yields of each view this process's (n, 3, S, S) uint8 crops, on the device.
 
-        Each file is decoded once, by the process that has its query: key crops change processes.
-        """
-        shuffle = distributed.Shuffle(orders, self.device) if self.shuffle_keys else None
-        for step, crops in enumerate(self.loaded(epoch, first), first):
-            views = list(crops.to(self.device, non_blocking=True).unbind(1))
-            if shuffle:
-                views[1] = shuffle(views[1], step)
-            yield views
+class Memory:
+    """Images in memory, on the device: whole, of one size."""
 
-    def by_pillow(self, epoch, first, batches, orders):
-        batches, orders = self.to_device(batches, orders)
-        steps = list(zip(batches, orders, strict=True))[first:]
-        for (batch, order), images in zip(steps, self.loaded(epoch, first), strict=True):
-            made = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield list(made.tensor_split(len(self.recipes))), self.labels[self.rows(batch, 0, order)], order
+    def __init__(self, images: Tensor):
+        self.images, self.size = images, images.shape[2:]
 
-    def loaded(self, epoch, first):
-        """Yields what the workers make for each step of an epoch; meanwhile they prepare the next one."""
-        if self.next != (epoch, first):
+    def __call__(self, epoch: int, step: int, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The images at these rows, (n, 3, H, W) uint8 per view."""
+        return [self.images[each] for each in rows]
+
+
+class Files:
+    """Images in files: data-loading workers decode and crop them, and go on from one epoch to the next."""
+
+    size = (None, None)  # the workers crop
+
+    def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
+        self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
+        self.stream, self.next = None, None  # what the workers make, and the (epoch, step) that comes next
+
+    def __call__(self, epoch: int, step: int, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The crops of this process's queries, (n, 3, S, S) uint8 on the device per view: each file is decoded once."""
+        if self.next != (epoch, step):
             self.close()
-            end = max(self.epochs, epoch + 1)
-            items = -(-self.batch // distributed.world_size()) * (len(self.recipes) if self.pil else 1)
-            plan = Plan(self.items, epoch, first, end)
-            self.stream = load(self.dataset, plan, items, len(self) * (end - epoch) - first, self.workers, self.device)
-        for step in range(first, len(self)):
-            self.next = None  # after an error there is nothing to continue
-            images, worker, seconds = next(self.stream)
-            if worker is not None:
-                self.worker_seconds[worker] = seconds
-            self.next = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
-            yield images
+            self.stream = self.start(epoch, step)
+        self.next = None  # after an error there is nothing to continue
+        crops = next(self.stream)
+        self.next = (epoch, step + 1) if step + 1 < len(self.plan) else (epoch + 1, 0)
+        return list(crops.to(self.device, non_blocking=True).unbind(1))
 
-    def items(self, epoch):
-        """What the dataset is asked for at each step of an epoch."""
-        for batch, order in zip(*self.order(epoch), strict=True):
-            if self.pil:
-                yield [(epoch, i, v) for v in range(len(self.recipes)) for i in self.rows(batch, v, order).tolist()]
-            else:
-                yield [(epoch, i) for i in self.rows(batch, 0, None).tolist()]
+    def start(self, epoch: int, first: int) -> Iterator[Tensor]:
+        epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
+        items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
+        return load(self.dataset, items, steps, share, self.workers, self.device)
 
+    def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
+        """What the workers of this process are asked for at each step."""
+        for epoch in epochs:
+            for rows in self.plan.rows(epoch).split(self.plan.batch_size):
+                yield [(epoch, i) for i in my_share(rows).tolist()]
 
-class Plan:
-    """A batch sampler over epochs: `items(epoch)` yields the batches of one, of which the first loses `first`."""
-
-    def __init__(self, items: Callable[[int], Iterator[list]], epoch: int, first: int, epochs: int):
-        self.items, self.epoch, self.first, self.epochs = items, epoch, first, epochs
-
-    def __iter__(self) -> Iterator[list]:
-        for epoch in range(self.epoch, self.epochs):
-            for step, batch in enumerate(self.items(epoch)):
-                if epoch > self.epoch or step >= self.first:
-                    yield batch
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
 def load(
-    dataset: Dataset, plan: Iterable[list], items: int, batches: int, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, int | None, float]]:
-    """Yields what `dataset` makes of each batch of a plan, in data-loading workers: see `collate`.
+    dataset: "Decoded", items: Iterable[list], steps: int, share: int, workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yields the batch that `dataset` makes of the items of each step, in data-loading workers.
 
     Args:
-        dataset: its `empty` is a batch of no item. plan: a batch sampler of `batches` batches of up to `items` items.
-        workers: of this machine, over all its processes.
-    Raises RunError for an image that cannot be read, too little shared memory, or a worker that dies.
+        items: of each of the `steps` steps, up to `share` of them. workers: of this machine, over all its processes.
+    Raises RunError for an image that cannot be read, or too little shared memory.
     """
     processes = distributed.processes_on_node
-    count = min(-(-workers // processes), distributed.cores(), batches)
-    if count and os.path.isdir(SHARED_MEMORY):
-        size = items * dataset.empty.shape[1:].numel() * dataset.empty.element_size()
-        free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * count, batches) * size * processes
+    workers = min(-(-workers // processes), distributed.cores(), steps)
+    if workers and os.path.isdir(SHARED_MEMORY):
+        size = share * dataset.empty.shape[1:].numel()
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * workers, steps) * size * processes
         if free < needed:
             raise RunError(
-                f"{SHARED_MEMORY} has {free >> 20} MiB free, and {count * processes} data-loading workers need "
+                f"{SHARED_MEMORY} has {free >> 20} MiB free, and {workers * processes} data-loading workers need "
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
                 alone=True,
             )
     loader = DataLoader(
         dataset,
-        batch_sampler=plan,
-        collate_fn=partial(collate, dataset.empty),
-        num_workers=count,
+        batch_sampler=items,
+        collate_fn=default_convert,  # unchanged
+        num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
     iterator = iter(loader)
-    if count:  # they ignore signals: a program that leaves this generator open would wait for them when it ends
+    if workers:  # they ignore signals: a program that leaves this generator open would wait for them when it ends
         atexit.register(iterator._shutdown_workers)
     try:
-        while True:
-            try:
-                made = next(iterator, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RunError(
-                    f"a data-loading worker died (out of memory, or of {SHARED_MEMORY}?): try a smaller -j", alone=True
-                ) from None
-            if made is None:
-                return
-            if isinstance(made[0], RunError):
-                raise made[0]
+        for made in iterator:
+            if isinstance(made, RunError):
+                raise made
             yield made
     finally:
-        if count:
+        if workers:
             iterator._shutdown_workers()
             atexit.unregister(iterator._shutdown_workers)
 
 
-class PillowViews(Dataset):
-    """Views made by torchvision's transforms of PIL images; an item is named by (epoch, index, view)."""
+class Decoded(Dataset):
+    """What is made of a file's image, as uint8. `empty`: the batch of no item."""
 
-    def __init__(self, split, transforms, seed):
-        self.split, self.transforms, self.seed = for_workers(split), transforms, seed
-        self.empty = torch.empty(0, 3, 32, 32)  # of a small last batch, which has fewer images than there are processes
+    def __init__(self, split: Split, *shape: int):
+        self.split = replace(split, paths=PathArray(split.paths))
+        self.empty = torch.empty(0, *shape, dtype=torch.uint8)
 
-    def __getitem__(self, item):
-        epoch, index, view = item
+    def __getitems__(self, items: list) -> Tensor | RunError:
+        """The batch of these items, or the error of one. (Raised here, it would have the worker's traceback in it.)"""
         try:
-            image = self.split.pillow(index)
-        except RunError as error:  # one that is raised here would arrive with the worker's traceback in its text
-            return error
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.manual_seed(generator(self.seed, epoch, PILLOW, index, view).initial_seed())
-            return self.transforms[view](image)
-
-
-class Crops(Dataset):
-    """(views, 3, S, S) uint8: RandomResizedCrop of a file, decoded once; an item is named by (epoch, index)."""
-
-    def __init__(self, split, recipes, seed):
-        self.split, self.recipes, self.seed = for_workers(split), recipes, seed
-        self.empty = torch.empty(0, len(recipes), 3, recipes[0].size, recipes[0].size, dtype=torch.uint8)
-
-    def __getitem__(self, item):
-        epoch, index = item
-        try:
-            image = pixels(self.split.pillow(index))
+            return torch.stack([self[item] for item in items]) if items else self.empty
         except RunError as error:
             return error
+
+
+class Crops(Decoded):
+    """(views, 3, S, S) uint8: RandomResizedCrop of a file, decoded once; an item is named by (epoch, index)."""
+
+    def __init__(self, split: Split, recipes: Sequence[augment.Recipe], seed: int):
+        super().__init__(split, len(recipes), 3, recipes[0].size, recipes[0].size)
+        self.recipes, self.seed = recipes, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> Tensor:
+        epoch, index = item
+        image = pixels(self.split.pillow(index))
         return torch.stack([self.crop(image, epoch, index, view) for view in range(len(self.recipes))])
 
-    def crop(self, image, epoch, index, view):
+    def crop(self, image: Tensor, epoch: int, index: int, view: int) -> Tensor:
         recipe, rng = self.recipes[view], generator(self.seed, epoch, CROPS, index, view)
         top, left, height, width = recipe.draw_crop(*image.shape[1:], rng)
         return augment.resize(image[:, top : top + height, left : left + width], recipe.size, recipe.size)
 
 
-class CentreCrops(Dataset):
+class CentreCrops(Decoded):
     """(3, S, S) uint8: what augment.Centre takes of a file; an item is named by its index."""
 
-    def __init__(self, split, centre):
-        self.split, self.centre = for_workers(split), centre
-        self.empty = torch.empty(0, 3, centre.size, centre.size, dtype=torch.uint8)
+    def __init__(self, split: Split, centre: augment.Centre):
+        super().__init__(split, 3, centre.size, centre.size)
+        self.centre = centre
 
-    def __getitem__(self, index):
-        try:
-            return self.centre.cut(pixels(self.split.pillow(index)))
-        except RunError as error:
-            return error
-
-
-def for_workers(split: Split) -> Split:
-    """The split with its paths as one array, see PathArray."""
-    return split if split.paths is None else replace(split, paths=PathArray(split.paths))
-
-
-def collate(empty: Tensor, items: list) -> tuple[Tensor | RunError, int | None, float]:
-    """A batch or the error of an item; the worker that made it, if any, and the worker's processor time so far."""
-    broken = next((item for item in items if isinstance(item, Exception)), None)
-    worker = get_worker_info()
-    return broken or (torch.stack(items) if items else empty), worker.id if worker else None, time.process_time()
+    def __getitem__(self, index: int) -> Tensor:
+        return self.centre.cut(pixels(self.split.pillow(index)))
 
 
 class Centres:
@@ -342,13 +297,11 @@ class Centres:
         mine = torch.arange(len(self.split))[distributed.rank() :: distributed.world_size()]
         rows = [mine[i * self.batch : (i + 1) * self.batch] for i in range(len(self))]
         if self.split.images is not None:
-            for some in rows:
-                images = self.centre(self.split.images[some.to(self.split.images.device)].to(self.device))
-                yield images, self.labels[some.to(self.device)]
-            return
-        plan = [some.tolist() for some in rows]
-        stream = load(CentreCrops(self.split, self.centre), plan, self.batch, len(plan), self.workers, self.device)
-        with closing(stream):
-            for some, (images, _, _) in zip(rows, stream, strict=True):
-                images = self.centre.normalise(images.to(self.device, non_blocking=True))
-                yield images, self.labels[some.to(self.device)]
+            make, loaded = self.centre, (self.split.images[some] for some in rows)
+        else:
+            make, dataset = self.centre.normalise, CentreCrops(self.split, self.centre)
+            items = [some.tolist() for some in rows]
+            loaded = load(dataset, items, len(items), self.batch, self.workers, self.device)
+        with closing(loaded):
+            for some, images in zip(rows, loaded, strict=True):
+                yield make(images.to(self.device, non_blocking=True)), self.labels[some]

@@ -47,7 +47,6 @@ FIXED = [
     "dim",
     "temp",
     "groups",
-    "views",
     "per_class",
     "labels_per_class",
     "holdout",
@@ -269,6 +268,8 @@ def compare_options(options: dict, now: dict, path: str) -> None:
     def differ(names):
         return [(n, options[n], now[n]) for n in names if n in options and n in now and options[n] != now[n]]
 
+    if options.get("views") == "pil":
+        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which is gone: it cannot be resumed")
     options = LATER | options if options else {}
     for name, there, here in differ(FIXED):
         if name == "objective":

@@ -55,14 +55,14 @@ class Record:
     """What an epoch has seen so far: its losses and the health of its contrast, kept on the device until shown.
 
     losses: (steps,) float32, global up to step `shown`, this process's own after it. health: (5,) float32, sums of
-    losses.contrast_health's four values, and their number. seconds, cpu_seconds: spent before the epoch's first step
-    of this run. unevaluated: the log's row of an epoch whose steps are complete, from a checkpoint.
+    losses.contrast_health's four values, and their number. seconds: spent before the epoch's first step of this
+    run. unevaluated: the log's row of an epoch whose steps are complete, from a checkpoint.
     """
 
     def __init__(self, steps: int, device: torch.device):
         self.shown = 0
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
-        self.seconds = self.cpu_seconds = 0.0
+        self.seconds = 0.0
         self.unevaluated = None
 
     def add(self, step: int, loss: Tensor, health: Tensor | None = None) -> None:
@@ -93,11 +93,11 @@ class Record:
                 )
         return stop
 
-    def state(self, spent: tuple[float, float], unevaluated: dict | None = None) -> dict:
+    def state(self, seconds: float, unevaluated: dict | None = None) -> dict:
         """What a checkpoint within the epoch holds of it; `unevaluated`: the log's row of an epoch whose steps are
         complete. Each process must call it."""
         seen = dict(step=self.shown, losses=self.losses[: self.shown].clone(), health=distributed.all_mean(self.health))
-        seen |= dict(seconds=spent[0], cpu_seconds=spent[1])
+        seen["seconds"] = seconds
         return seen | dict(unevaluated=unevaluated) if unevaluated else seen
 
     def load(self, saved: dict) -> None:
@@ -106,7 +106,7 @@ class Record:
         if self.shown:
             self.losses[: self.shown] = saved["losses"]
             self.health.copy_(saved["health"])
-            self.seconds, self.cpu_seconds = float(saved.get("seconds", 0)), float(saved.get("cpu_seconds", 0))
+            self.seconds = float(saved.get("seconds", 0))
             if self.shown == len(self.losses):
                 self.unevaluated = {name: float(value) for name, value in saved["unevaluated"].items()}
 
@@ -117,11 +117,11 @@ class Record:
         health = {name: value / number for name, value in zip(names, sums, strict=True)} if number else {}
         return dict(loss=self.losses.mean().item(), **health)
 
-    def restart(self, seconds: float, cpu_seconds: float) -> None:
-        """For the next epoch, which has already spent these."""
+    def restart(self, seconds: float) -> None:
+        """For the next epoch, which has already spent these seconds."""
         self.losses.zero_()
         self.health.zero_()
-        self.shown, self.seconds, self.cpu_seconds, self.unevaluated = 0, seconds, cpu_seconds, None
+        self.shown, self.seconds, self.unevaluated = 0, seconds, None
 
 
 def resume(saved: dict, path: str, optimizer: torch.optim.Optimizer, record: Record) -> int:

@@ -338,10 +338,11 @@ def leave_group() -> None:
 def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
     """The error to report to the user, or the given one if it is a bug."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        advice = "a smaller -b or --moco-k may fit"
-        if isinstance(error, torch.OutOfMemoryError):
-            advice += ", or --views pil, which leaves the images of the data set off the GPU"
-        return RunError(f"out of memory: {advice} ({str(error).splitlines()[0]})", alone=True)
+        reason = str(error).splitlines()[0]
+        return RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})", alone=True)
+    if "DataLoader worker" in str(error):
+        text = "a data-loading worker died (out of memory, or of /dev/shm?): try a smaller -j"
+        return RunError(text, alone=True)
     if distributed.lost_connection(error):
         return LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
     return error

@@ -4,13 +4,12 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from moco import distributed
@@ -33,20 +32,15 @@ def say(text: str) -> None:
 class Progress:
     """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    `record` (see epoch.Record) says from which step the epoch goes on and what it has already spent: before it was
-    interrupted, or while the epoch before was saved. `cpu_clock()` is the processor time of this process and its
-    workers so far.
+    `record` (see epoch.Record) says from which step the epoch goes on and the seconds that it has already spent: before it was
+    interrupted, or while the epoch before was saved.
     """
 
-    def __init__(
-        self, epoch: int, epochs: int, steps: int, images_per_step: int, record, cpu_clock: Callable[[], float]
-    ):
+    def __init__(self, epoch: int, epochs: int, steps: int, images_per_step: int, record):
         self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
         self.first = self.done = first = record.shown
         self.begun = self.mark = time.perf_counter()
         self.start = self.begun - record.seconds
-        self.cpu_clock = cpu_clock
-        self.cpu_start = cpu_clock() - (record.cpu_seconds if distributed.rank() == 0 else 0.0)
         self.waiting = 0.0
         self.bar = None
         if distributed.rank() == 0 and sys.stdout.isatty():
@@ -62,12 +56,9 @@ class Progress:
             self.waiting += time.perf_counter() - start
             yield step, item
 
-    def spent(self, device: torch.device, since: dict | None = None) -> tuple[float, float]:
-        """Seconds of the epoch, and its processor time over all threads, workers and processes; `since`: a row of the
-        log that says how much that was then. Each process must call it."""
-        then = (since["seconds"], since["cpu_seconds"]) if since else (0.0, 0.0)
-        cpu = distributed.total(self.cpu_clock() - self.cpu_start, device)
-        return time.perf_counter() - self.start - then[0], cpu - then[1]
+    def spent(self) -> float:
+        """Seconds of the epoch so far."""
+        return time.perf_counter() - self.start
 
     @property
     def images_per_second(self) -> float:

@@ -274,11 +274,6 @@ def data_options(add: Callable) -> None:
     text = "pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else ImageNet's)"
     add("--mean", type=number(float), **rgb, help=text)
     add("--std", type=positive_float, **rgb, help="pixel standard deviation, likewise")
-    text = (
-        "batched: on the device (workers decode and crop images that stay in files); pil: torchvision on PIL images, "
-        "in data-loading workers (default: batched)"
-    )
-    add("--views", choices=("batched", "pil"), default="batched", help=text)
     text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32"
     add("--precision", choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"

@@ -24,7 +24,7 @@ from moco.signals import Interruption
 
 WATCH_EVERY = 10  # steps between two looks at the health of the contrast: it costs a few passes over the logits
 HEALTH = ["accuracy", "positive_similarity", "negative_similarity", "positives"]
-COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", "cpu_seconds", *HEALTH, "knn", "top1", "top5"]
+COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", *HEALTH, "knn", "top1", "top5"]
 ADVICE = "a lower --lr, a longer --warm-up or a higher --moco-t may help"
 
 
@@ -60,7 +60,7 @@ def train(model_class: type[nn.Module], method: options.Method, args: Namespace,
         raise UsageError(f"--labels-per-class 0 leaves no labelled image: {what} needs some")
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     chosen = dict(per_class=args.per_class, labels_per_class=args.labels_per_class, unlabelled=True)
-    split = load(True, **chosen, in_memory=args.views == "batched")
+    split = load(True, **chosen)
     if model_class.labelled and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
     if args.aug_crop and (split.images is None or set(split.images.shape[2:]) != {args.image_size}):
@@ -95,7 +95,6 @@ def fit(
         std=args.std,
         device=device,
         shuffle_keys=model_class.shuffle_keys and args.groups > 1,
-        pil=args.views == "pil",
         workers=args.workers,
         epochs=args.epochs,
         compile=args.compile,
@@ -131,7 +130,7 @@ def fit(
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         stop = False
         for epoch in range(first_epoch, args.epochs):
-            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, record, batches.cpu_seconds)
+            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, record)
             for step, (views, labels, order) in progress.waited_for(batches.epoch(epoch, record.shown)):
                 lr = method.learning_rate(epoch + step / steps, args)
                 set_learning_rate(optimizer, lr)
@@ -153,22 +152,22 @@ def fit(
                     progress.show(done, Loss=f"{losses[step]:.4f} ({losses[:done].mean():.4f})", lr=f"{lr:.4g}")
                     if stop and done < steps:
                         progress.close()
-                        save(writer, args, model, average, optimizer, epoch, record.state(progress.spent(device)))
+                        save(writer, args, model, average, optimizer, epoch, record.state(progress.spent()))
                         interruption.leave(writer, f"in epoch {epoch} after step {done}")
             progress.close()
             average_statistics(model, average)
             row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
             if model.classifies or knn_is_due(args, epoch):  # saved first: an evaluation that fails costs no epoch
-                save(writer, args, model, average, optimizer, epoch, record.state(progress.spent(device), row))
+                save(writer, args, model, average, optimizer, epoch, record.state(progress.spent(), row))
                 row |= measure(model, average, args, epoch, split, validation, device)
-            row["seconds"], row["cpu_seconds"] = progress.spent(device)
+            row["seconds"] = progress.spent()
             log.add(epoch, **row)
             describe(epoch, row, args)
             # The log comes first: a resumed run drops what it will write again.
             save(writer, args, model, average, optimizer, epoch + 1)
             if stop:
                 interruption.leave(writer, f"after epoch {epoch}")
-            record.restart(*progress.spent(device, since=row))  # saving belongs to the next epoch
+            record.restart(progress.spent() - row["seconds"])  # saving belongs to the next epoch
     log.close()
 
 

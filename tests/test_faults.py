@@ -247,7 +247,7 @@ NAMES = "-a -j --epochs --start-epoch -b --lr --schedule --momentum --wd -p --re
 NAMES += (
     "--dist-url --dist-backend --moco-dim --moco-k --moco-m --moco-t --mlp --aug-plus --cos --warm-up --output-dir "
 )
-NAMES += "--save-freq --dataset --image-size --stem --mean --std --bn-splits --views --precision --knn-freq --per-class"
+NAMES += "--save-freq --dataset --image-size --stem --mean --std --bn-splits --precision --knn-freq --per-class"
 VALUES = st.one_of(
     st.integers(-3, 10**20).map(str),
     st.floats().map(str),

@@ -4,8 +4,10 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections import Counter
 from contextlib import closing
@@ -82,7 +84,7 @@ def test_two_processes_share_the_files(photos, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        asked += batches.Batches(split, recipes, shuffle_keys=True, **HOW).items(3)
+        asked += batches.Batches(split, recipes, shuffle_keys=True, **HOW).source.items([3])
     assert sorted(item for step in asked for item in step) == [(3, i) for i in range(16)]
 
 
@@ -130,9 +132,9 @@ def test_workers_go_on_over_epochs(photos):
 
     through = build(workers=2, epochs=2)
     first = made(through.epoch(0))
-    stream = through.stream
+    stream = through.source.stream
     second = made(through.epoch(1))
-    assert through.stream is stream is not None
+    assert through.source.stream is stream is not None
     equal(first, made(build(workers=0).epoch(0)))
     equal(second, made(build(workers=0).epoch(1)))
     with closing(build(workers=1, epochs=2)) as alone:
@@ -140,6 +142,28 @@ def test_workers_go_on_over_epochs(photos):
     equal(first, made(through.epoch(0)))  # back again: begun anew
     assert not torch.equal(first[0][0][0], first[0][0][1])  # two views differ
     through.close()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_first_step_of_an_epoch_waits_no_longer_than_the_others(photos, monkeypatch):
+    """A batch takes a worker 0.2 s, four workers keep up with steps of 60 ms, and new ones would be noticed."""
+    monkeypatch.setattr(
+        batches.Crops,
+        "__getitem__",
+        lambda self, item: time.sleep(0.05) or torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+    )
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
+    split, times = datasets.load("imagefolder", photos(train=20), True), []
+    with closing(batches.Batches(split, [augment.LINEAR], workers=4, epochs=3, **HOW)) as made:
+        for epoch in range(3):
+            begun = time.monotonic()
+            for step, _ in enumerate(made.epoch(epoch)):
+                time.sleep(0.06)
+                times.append((epoch, step, time.monotonic() - begun))
+                begun = time.monotonic()
+    assert len(times) == 30
+    median = statistics.median(seconds for *_, seconds in times)
+    assert all(seconds <= 2 * median for epoch, step, seconds in times if epoch and not step), times
 
 
 def test_a_program_that_closes_nothing_ends(photos):

@@ -128,36 +128,48 @@ def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monk
     assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
 
 
-def burn(seconds):
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
+def begun(run, folder):
+    """A run that was interrupted within its second epoch: its words and its checkpoint."""
+    words = [TINY_MOCO, "--epochs 3 --output-dir", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        show, seen = logs.Progress.show, []
+
+        def interrupt(self, done, **values):
+            show(self, done, **values)
+            seen.append(done)
+            if len(seen) == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(logs.Progress, "show", interrupt)
+        assert run("main_moco.py", *words).status == 143
+    return words, checkpoint.load(folder / "checkpoint_last.pth.tar")
 
 
-def test_processor_time_of_workers_and_after_a_resume(run, folder, tmp_path, monkeypatch):
-    """Each of three epochs makes 32 views in two workers, at 20 ms or more each; the second one is interrupted."""
-    place = folder(train=8, val=2)
-    getitem, show, seen = batches.PillowViews.__getitem__, logs.Progress.show, []
-    monkeypatch.setattr(batches.PillowViews, "__getitem__", lambda self, item: (burn(0.02), getitem(self, item))[1])
-
-    def interrupt(self, done, **values):
-        show(self, done, **values)
-        seen.append(done)
-        if len(seen) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    words = [
-        "-a resnet20 --image-size 8 -b 4 -p 1 -j 2 --views pil --moco-k 8 --epochs 3 --output-dir",
-        tmp_path,
-        place,
-    ]
-    monkeypatch.setattr(logs.Progress, "show", interrupt)
-    assert run("main_moco.py", *words).status == 143
-    saved = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
-    assert saved["step"] == 3 and 24 * 0.02 < saved["cpu_seconds"] < 60
+def test_an_older_checkpoint_goes_on(run, tmp_path):
+    """Version 0.1 had --views, and processor times in checkpoints and logs."""
+    words, saved = begun(run, tmp_path)
+    saved |= dict(seconds=100.0, cpu_seconds=150.0)
+    saved["options"]["views"] = "batched"
+    torch.save(saved, tmp_path / "checkpoint_last.pth.tar")
+    log = rows(tmp_path / "log.csv")
+    with open(tmp_path / "log.csv", "w") as file:
+        table = csv.DictWriter(file, [*log[0], "cpu_seconds"], restval="1.5")
+        table.writeheader()
+        table.writerows(log)
     assert run("main_moco.py", *words, "--resume auto").status == 0
-    times = [float(row["cpu_seconds"]) for row in rows(tmp_path / "log.csv")]
-    assert len(times) == 3 and min(times) > 32 * 0.02 and times[1] > saved["cpu_seconds"] + 8 * 0.02
+    after = rows(tmp_path / "log.csv")
+    assert list(after[0]) == pretrain.COLUMNS and after[0] == log[0] and len(after) == 3
+    assert 100 < float(after[1]["seconds"]) < 200 and float(after[2]["seconds"]) < 100
+
+
+def test_a_checkpoint_of_views_by_pillow_is_evaluated_but_not_resumed(run, tmp_path):
+    words, saved = begun(run, tmp_path)
+    saved["options"]["views"] = "pil"
+    torch.save(saved, tmp_path / "checkpoint_last.pth.tar")
+    done = run("main_moco.py", *words, "--resume auto")
+    assert done.status == 2 and len(done.err.splitlines()) == 1 and "--views pil" in done.err
+    source = ["--pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir", tmp_path]
+    assert "result: top1=" in run("main_lincls.py", TINY, "--lr 1 --epochs 1", *source).out
 
 
 def test_cross_entropy_takes_a_schedule(run, tmp_path):
@@ -166,23 +178,19 @@ def test_cross_entropy_takes_a_schedule(run, tmp_path):
     assert [float(row["lr"]) for row in rows(tmp_path / "log.csv")] == pytest.approx([0.1, 0.01, 0.001])
 
 
-@pytest.mark.parametrize("views", ["batched", "pil"])
-def test_a_last_batch_of_fewer_images_than_processes(views, folder, monkeypatch):
+@pytest.mark.parametrize("in_memory", [True, False], ids=["memory", "files"])
+def test_a_last_batch_of_fewer_images_than_processes(in_memory, folder, monkeypatch):
     """Nine images in batches of four, and one for validation: the second process of two has none of them at the end."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "processes_on_node", 2)
     place, (mean, std), device = folder(train=5, val=1), datasets.CIFAR10, torch.device("cpu")
-    split = datasets.load("imagefolder", place, True, in_memory=views == "batched")
-    split = datasets.Split(
-        split.labels[:9], split.classes, split.images if split.images is None else split.images[:9], split.paths
-    )
+    split = datasets.load("imagefolder", place, True, in_memory=in_memory).take(torch.arange(9))
     how = dict(batch_size=4, seed=0, mean=mean, std=std, device=device, workers=0, drop_last=False)
-    made = batches.Batches(split, [augment.LINEAR, augment.LINEAR], **how, pil=views == "pil")
+    made = batches.Batches(split, [augment.LINEAR, augment.LINEAR], **how)
     shapes = [([tuple(view.shape) for view in made], len(labels)) for made, labels, _ in made.epoch(0)]
     assert [labels for _, labels in shapes] == [2, 2, 0] and shapes[-1][0][0][0] == 0
-    one = datasets.load("imagefolder", place, False)
-    one = datasets.Split(one.labels[:1], one.classes, one.images[:1])
+    one = datasets.load("imagefolder", place, False, in_memory=in_memory).take(torch.arange(1))
     ((images, labels),) = batches.Centres(one, augment.Centre(12, mean, std), 4, device)
     assert images.shape == (0, 3, 12, 12) and len(labels) == 0
 
@@ -429,20 +437,6 @@ def test_resuming_on_another_number_of_processes(run, tmp_path):
     assert once.status == 0, once.err
     losses = [float(rows(folder / "log.csv")[-1]["loss"]) for folder in (tmp_path, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def test_views_by_pillow_do_not_depend_on_the_workers(run, folder, tmp_path):
-    data = folder(train=20, val=2, size=(20, 14))
-    words = [
-        "-a resnet20 --image-size 8 -b 8 --seed 0 -p 1 --epochs 2 --warm-up 0 --moco-k 32 --aug-plus --bn-splits 2"
-    ]
-    losses = []
-    for workers in (0, 2):
-        out = tmp_path / str(workers)
-        done = run("main_moco_in.py", *words, f"--views pil -j {workers} --output-dir", out, data)
-        assert done.status == 0, done.err
-        losses.append(printed_losses(done.out))
-    assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
 def test_precision_and_compile_are_taken(run, tmp_path):

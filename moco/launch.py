@@ -340,7 +340,7 @@ def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         reason = str(error).splitlines()[0]
         return RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})", alone=True)
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
         text = "a data-loading worker died (out of memory, or of /dev/shm?): try a smaller -j"
         return RunError(text, alone=True)
     if distributed.lost_connection(error):

@@ -11,6 +11,7 @@ files relative to the folder, or the images' numbers.
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def main():
         if args.neighbours and not args.picture:
             raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
         split, paths = images(args)
-        extract(args, split, paths)
+        launch.run(partial(extract, args, split, paths), launch.Process())
     except (UsageError, RunError) as error:
         launch.complain(error)
 
@@ -73,8 +74,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
     return split, [os.path.relpath(path, args.data) for path in split.paths]
 
 
-def extract(args, split: datasets.Split, paths: list[str]) -> None:
-    device = launch.choose_device(launch.Process())
+def extract(args, split: datasets.Split, paths: list[str], device: torch.device) -> None:
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)

@@ -11,6 +11,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torchvision.transforms import functional as by_torchvision
 
 from conftest import ROOT
 from moco import augment, batches, checkpoint, datasets, distributed, encoders, evaluate, logs, options
+from test_faults import free_port, start, until
 
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
 WORDS = "-a resnet20 --image-size 16 -b 8 --epochs 2 --warm-up 0 --seed 0 -p 1"
@@ -353,6 +355,22 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(run, photos, tmp_path, monk
     done = run("main_moco.py", MOCO, "-j 2 --output-dir", tmp_path / "out", photos())
     assert done.status == 1 and len(done.err.splitlines()) == 1
     assert "a data-loading worker died" in done.err
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_worker_that_dies_within_a_step(processes, photos, tmp_path):
+    """PyTorch's handler of SIGCHLD raises an error wherever the main thread is, mostly in the network."""
+    words = [*MOCO.split(), "--image-size", "96", "--epochs", "500", "-j", "4", "--output-dir", str(tmp_path / "out")]
+    words += ["--world-size", str(processes), "--dist-url", f"tcp://localhost:{free_port()}", str(photos(train=16))]
+    runs = [start("main_moco.py", *words, "--rank", str(rank)) for rank in range(processes)]
+    until(runs[0], "Epoch: [0]")
+    victim = runs[-1].pid
+    os.kill(int(Path(f"/proc/{victim}/task/{victim}/children").read_text().split()[0]), signal.SIGKILL)
+    printed = [run.communicate(timeout=60)[0] for run in runs]
+    for rank, run in enumerate(runs):
+        said = [line for line in printed[rank].splitlines() if "error: " in line]
+        assert run.returncode == 1 and len(said) == 1 and "Traceback" not in printed[rank], printed[rank]
+        assert ("a data-loading worker died" if run is runs[-1] else "another of the 2 processes") in said[0]
 
 
 def test_too_little_shared_memory(run, photos, tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def train(
         for epoch in range(first_epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             set_learning_rate(optimizer, lr)
-            progress = logs.Progress(epoch, args.epochs, len(batches), args.batch_size, record)
+            progress = logs.Progress(epoch, args.epochs, len(split), args.batch_size, record)
             for step, ((images,), labels, _) in progress.waited_for(batches.epoch(epoch, record.shown)):
                 # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
                 batch = min(args.batch_size, len(split) - step * args.batch_size)

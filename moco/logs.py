@@ -32,12 +32,14 @@ def say(text: str) -> None:
 class Progress:
     """The steps of an epoch: a bar on a terminal, MoCo-style lines elsewhere.
 
-    `record` (see epoch.Record) says from which step the epoch goes on and the seconds that it has already spent: before it was
+    An epoch sees `images` images in batches of `batch_size`, of which the last one may be smaller. `record` (see
+    epoch.Record) says from which step the epoch goes on and the seconds that it has already spent: before it was
     interrupted, or while the epoch before was saved.
     """
 
-    def __init__(self, epoch: int, epochs: int, steps: int, images_per_step: int, record):
-        self.epoch, self.epochs, self.steps, self.images = epoch, epochs, steps, images_per_step
+    def __init__(self, epoch: int, epochs: int, images: int, batch_size: int, record):
+        self.epoch, self.epochs, self.images, self.batch_size = epoch, epochs, images, batch_size
+        self.steps = steps = -(-images // batch_size)
         self.first = self.done = first = record.shown
         self.begun = self.mark = time.perf_counter()
         self.start = self.begun - record.seconds
@@ -60,9 +62,13 @@ class Progress:
         """Seconds of the epoch so far."""
         return time.perf_counter() - self.start
 
+    def seen(self, steps: int) -> int:
+        """Images in the first `steps` steps of an epoch."""
+        return min(steps * self.batch_size, self.images)
+
     @property
     def images_per_second(self) -> float:
-        return (self.done - self.first) * self.images / max(time.perf_counter() - self.begun, 1e-9)
+        return (self.seen(self.done) - self.seen(self.first)) / max(time.perf_counter() - self.begun, 1e-9)
 
     def show(self, done: int, **values: str) -> None:
         """After `done` steps of the epoch."""
@@ -73,7 +79,7 @@ class Progress:
         moved, self.done = done - self.done, done
         if distributed.rank() != 0:
             return
-        left = (self.steps * (self.epochs - self.epoch) - done) * self.images / self.images_per_second
+        left = (self.images * (self.epochs - self.epoch) - self.seen(done)) / self.images_per_second
         if self.bar is not None:
             self.bar.update(moved)
             self.bar.set_postfix({**values, "images/s": f"{self.images_per_second:.0f}"}, refresh=False)

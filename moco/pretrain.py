@@ -130,7 +130,7 @@ def fit(
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
         stop = False
         for epoch in range(first_epoch, args.epochs):
-            progress = logs.Progress(epoch, args.epochs, steps, args.batch_size, record)
+            progress = logs.Progress(epoch, args.epochs, steps * args.batch_size, args.batch_size, record)
             for step, (views, labels, order) in progress.waited_for(batches.epoch(epoch, record.shown)):
                 lr = method.learning_rate(epoch + step / steps, args)
                 set_learning_rate(optimizer, lr)

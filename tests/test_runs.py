@@ -1,12 +1,14 @@
 """The scripts as a user runs them: on scikit-learn's digits, small and short."""
 
 import csv
+import itertools
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +128,19 @@ def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monk
     monkeypatch.setattr(pretrain, "save", lambda *rest: (time.sleep(0.5), save(*rest)))
     run("main_moco.py", TINY_MOCO, "--epochs 2 --output-dir", tmp_path)
     assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
+
+
+def test_images_are_counted_not_full_batches(run, tmp_path, monkeypatch):
+    """Of 40 images in one step, by a clock that ticks once at each look: the same speed with room for 256."""
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    words, shown = [TINY, "--lr 1 --epochs 2 --per-class 4 --pretrained", tmp_path / "checkpoint_last.pth.tar"], []
+    for batch in (40, 256):
+        ticks = itertools.count()
+        monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda ticks=ticks: float(next(ticks))))
+        done = run("main_lincls.py", *words, f"-b {batch} --output-dir", tmp_path)
+        speeds = [float(row["images_per_second"]) for row in rows(tmp_path / "linear.csv")]
+        shown.append((speeds, [line.split("images/s ")[1] for line in done.out.splitlines() if "images/s" in line]))
+    assert shown[0] == shown[1] and len(shown[0][0]) == len(shown[0][1]) == 2 and "ETA" in shown[0][1][0]
 
 
 def begun(run, folder):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 
 from moco import augment, distributed
 from moco.datasets import PathArray, Split, pixels
-from moco.errors import RunError, UsageError
+from moco.errors import WORKER_DIED, RunError, UsageError
 from moco.signals import ignore_signals
 
 # What a random choice is for: part of its seed, so that no two choices share a stream.
@@ -225,6 +225,8 @@ def load(
             if isinstance(made, RunError):
                 raise made
             yield made
+    except (OSError, EOFError):  # a worker was killed while it handed over a batch
+        raise RunError(WORKER_DIED, alone=True) from None
     finally:
         if workers:
             iterator._shutdown_workers()

@@ -1,5 +1,7 @@
 """Errors that a user can fix: one line on stderr, never a traceback."""
 
+WORKER_DIED = "a data-loading worker died (out of memory, or of /dev/shm?): try a smaller -j"
+
 
 class UsageError(Exception):
     """The command line cannot work as given. Exit status 2."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco import distributed, logs
-from moco.errors import RunError, UsageError, one_line
+from moco.errors import WORKER_DIED, RunError, UsageError, one_line
 from moco.watch import Watch
 
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
@@ -341,8 +341,7 @@ def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
         reason = str(error).splitlines()[0]
         return RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})", alone=True)
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
-        text = "a data-loading worker died (out of memory, or of /dev/shm?): try a smaller -j"
-        return RunError(text, alone=True)
+        return RunError(WORKER_DIED, alone=True)
     if distributed.lost_connection(error):
         return LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
     return error

@@ -1,6 +1,5 @@
-"""Launching one process, one for each GPU, or one of torchrun's or srun's; reporting their errors."""
+"""Processes: torchrun's variables describe each, MoCo's options start some that have them; errors are one line."""
 
-import atexit
 import contextlib
 import os
 import re
@@ -9,9 +8,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from datetime import timedelta
-from urllib.parse import urlparse
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,47 +17,51 @@ import torch.multiprocessing as mp
 
 from moco import distributed, logs
 from moco.errors import WORKER_DIED, RunError, UsageError, one_line
-from moco.watch import Watch
 
-PATIENCE = timedelta(minutes=10)  # how long a process waits for the others before it gives up
-GRACE = 10  # seconds that the other processes have to leave when one has failed
-ADVICE = "--resume auto continues from the last checkpoint"
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIST_URL = "tcp://localhost:10001"
-
-watch: Watch | None = None  # of this process, while it is in a group
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
+GRACE = 5  # seconds that the other processes have to leave when one has failed
+ADVICE = "--resume auto continues from the last checkpoint"
 
 
 class LostError(RunError):
     """Another process is gone."""
 
 
-@dataclass(frozen=True)
-class Process:
-    """Which of the processes this one is, and where they meet."""
+def launch(
+    worker: Callable[[torch.device], None], *, gpu: int | None = None, dist_backend: str | None = None, **options
+) -> None:
+    """Calls `worker(device)` in every process. An error is one line on stderr, and its exit status.
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    on_node: int = 1  # processes of this machine
-    url: str = "env://"
-    backend: str | None = None  # None: nccl on GPUs, gloo on CPUs
-    gpu: int | None = None  # the number of its GPU; None: its local rank
-    node: int = 0  # the number of this machine
-
-
-def launch(worker: Callable[[torch.device], None], **options) -> None:
-    """Runs `worker(device)` on every process that the command line asks for, and exits with its status.
-
-    `options`: see `plan`. A user error is one line on stderr, printed once on each machine.
+    Where the environment has all of VARIABLES, torchrun or scripts/slurm.sh has started this process. Otherwise the
+    options decide, see `plan`; a process that they start imports the worker.
     """
-    process = None
     try:
-        process, spawning, note = plan(os.environ, torch.cuda.device_count(), **options)
-        if note and process.rank == 0:
-            logs.say(note)
-        spawn(worker, process) if spawning else run(worker, process)
-    except (UsageError, RunError) as error:
-        complain(error, process)
+        if all(name in os.environ for name in VARIABLES):
+            processes = [inherited(os.environ, gpu=gpu, **options)]
+            gpu = None
+        else:
+            processes = plan(os.environ, torch.cuda.device_count() if gpu is None else 1, **options)
+    except UsageError as error:
+        report_and_exit(error)
+    if len(processes) > 1:
+        spawn(worker, processes, dist_backend)
+    else:
+        run(0, worker, processes, dist_backend, gpu)
+
+
+def inherited(environment: Mapping[str, str], **options) -> dict[str, str]:
+    """The variables of this process; a line names the options that they override."""
+    process = {name: environment[name] for name in VARIABLES}
+    for name in VARIABLES[:4]:
+        if not process[name].isdecimal():
+            raise UsageError(f"the environment variable {name} is '{process[name]}', not a whole number")
+    given = [name for name, value in options.items() if value not in (None, False, -1, DIST_URL)]
+    if given and process["RANK"] == "0":
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        logs.say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK say which process this is")
+    return process
 
 
 def plan(
@@ -67,169 +69,45 @@ def plan(
     gpus: int,
     *,
     multiprocessing_distributed: bool = False,
-    gpu: int | None = None,
     world_size: int = -1,
     rank: int = -1,
     dist_url: str = DIST_URL,
-    dist_backend: str | None = None,
-) -> tuple[Process, bool, str]:
-    """What this process is; whether it starts the processes of this machine (then: the first of them); a note.
+) -> list[dict[str, str]]:
+    """The variables of each process of this machine, or [{}] for a single process.
 
-    The first of these that applies decides:
+    As in MoCo, `world_size` and `rank` count machines. With `multiprocessing_distributed` a machine has one process
+    per GPU, of `gpus`; without, it has one.
 
-    1. torchrun (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`): this process is one of them.
-    2. An srun step of several tasks: likewise, one task for each GPU. (A batch script's own shell is no such step.)
-       With --multiprocessing-distributed and one task on each machine, the tasks count machines.
-    3. `RANK` and `WORLD_SIZE` alone (Kubernetes' PyTorchJob): they count machines, as below.
-    4. The options, as in MoCo: `world_size` and `rank` count machines. With --multiprocessing-distributed a machine
-       starts one process for each of the `gpus` that are visible, otherwise it is one: on GPU --gpu, the first GPU,
-       or the CPU.
-
-    The note names the options that the environment overrides. Raises UsageError or RunError where the environment or
-    the options are impossible.
+    UsageError: impossible options, or a launcher started several processes that would each train alone.
     """
-    if gpu is not None and not gpus:
-        raise UsageError(f"--gpu {gpu}: this machine shows no GPU")
-    given = {
-        "--multiprocessing-distributed": multiprocessing_distributed,
-        "--world-size": world_size != -1,
-        "--rank": rank != -1,
-        "--gpu": gpu is not None,
-        "--dist-url": dist_url != DIST_URL,
-    }
-
-    def overridden(by, *names):
-        names = [name for name in names if given[name]]
-        return f"note: {by} decides which processes there are: {', '.join(names)} ignored" if names else ""
-
-    many = multiprocessing_distributed
-    if all(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        ranks = [integer(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-        ranks.append(integer(environment, "LOCAL_WORLD_SIZE", 1))
-        node = integer(environment, "GROUP_RANK", ranks[0] // ranks[3])
-        return Process(*ranks, backend=dist_backend, node=node), False, overridden("torchrun", *given)
-    if integer(environment, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environment:
-        rank, world_size = integer(environment, "SLURM_PROCID"), integer(environment, "SLURM_STEP_NUM_TASKS")
-        on_node, node = tasks_here(environment), integer(environment, "SLURM_NODEID", 0)
-        url = dist_url if given["--dist-url"] else meeting_point(environment)
-        if not (many and on_node == 1 and gpu is None):
-            if rank == 0:
-                check_port(url)
-            local = integer(environment, "SLURM_LOCALID", 0)
-            own = 0 if gpus == 1 else None  # with --gpus-per-task=1 each task sees its own GPU, numbered 0
-            process = Process(rank, world_size, local, on_node, url, dist_backend, own, node)
-            return process, False, overridden("srun", *list(given)[:4])
-        dist_url, note = url, overridden("srun", "--world-size", "--rank")
-    elif "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = integer(environment, "RANK"), integer(environment, "WORLD_SIZE")
-        many, note = True, ["--world-size", "--rank"]
-        if "MASTER_ADDR" in environment:
-            dist_url, note = meeting_point(environment), [*note, "--dist-url"]
-        note = overridden("the environment (RANK and WORLD_SIZE, which count nodes)", *note)
-    else:
-        note = ""
+    if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
+        missing = ", ".join(name for name in VARIABLES if name not in environment)
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set, but not {missing}: start the script with torchrun, which sets all of them "
+            "(torchrun --nnodes $WORLD_SIZE --node-rank $RANK --nproc-per-node gpu ..., see docs/clusters.md)"
+        )
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "RANK" not in environment and world_size <= 1:
+        raise UsageError(
+            f"RANK is not set, so each of the {tasks} tasks of this srun step would train alone: use scripts/slurm.sh, "
+            "which sets it, or start torchrun in one task per node"
+        )
     nodes, node = (world_size, rank) if world_size >= 1 else (1, 0)
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {rank} is not one of the {nodes} nodes: it is 0 to {nodes - 1}")
-    on_node = max(gpus, 1) if many and gpu is None else 1
-    if nodes * on_node > 1 and node == 0:
-        check_port(dist_url)
-    first = Process(node * on_node, nodes * on_node, 0, on_node, dist_url, dist_backend, gpu, node)
-    return first, on_node > 1, note
+    place = re.fullmatch(r"tcp://\[?(.+?)\]?:(\d+)", dist_url)
+    if not place:
+        raise UsageError(f"--dist-url '{dist_url}': use tcp://HOST:PORT, or start the script with torchrun")
+    on_node = max(gpus, 1) if multiprocessing_distributed else 1
+    if nodes * on_node == 1:
+        return [{}]
+    numbers = [(node * on_node + i, nodes * on_node, i, on_node) for i in range(on_node)]
+    return [dict(zip(VARIABLES, (*map(str, each), *place.groups()), strict=True)) for each in numbers]
 
 
-def integer(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """An environment variable as an int; UsageError if it is not one."""
-    text = environment.get(name, default)
-    try:
-        return int(text)
-    except (TypeError, ValueError):
-        raise UsageError(f"the environment variable {name} is '{text}', not a whole number") from None
-
-
-def tasks_here(environment: Mapping[str, str]) -> int:
-    """The tasks of this srun step on this node; SLURM writes those of all nodes as "4(x2),3"."""
-    tasks = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
-            tasks += [int(match[1])] * int(match[2] or 1)
-    node = integer(environment, "SLURM_NODEID", 0)
-    return tasks[node] if node < len(tasks) else 1
-
-
-def meeting_point(environment: Mapping[str, str]) -> str:
-    """Where the processes meet: MASTER_ADDR and MASTER_PORT, or else the first node of an srun step, and a port that
-    depends on the job and the step."""
-    host = environment.get("MASTER_ADDR")
-    if not host:
-        nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "localhost"
-        host = re.match(r"[^,\[]*", nodes)[0]  # of "gpu[07-09,12],cpu1" the first is gpu07
-        if nodes[len(host) :].startswith("["):
-            prefix, numbers, suffix = re.match(r"([^\[]*)\[(\w+)[^\]]*\]([^,\[]*)", nodes).groups()
-            host = prefix + numbers + suffix
-    step = integer(environment, "SLURM_JOB_ID", 0) + integer(environment, "SLURM_STEP_ID", 0)
-    return f"tcp://{host}:{integer(environment, 'MASTER_PORT', 10001 + step % 10000)}"
-
-
-def check_port(url: str) -> None:
-    """Rank 0 listens on the port of --dist-url, so it must be free."""
-    place = urlparse(url)
-    if place.scheme != "tcp":
-        return
-    try:
-        port = place.port
-    except ValueError:
-        port = None
-    if port is None:
-        raise UsageError(f"--dist-url '{url}' names no port: write tcp://HOST:PORT")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            raise RunError(f"port {port} is in use: name another one with --dist-url") from None
-
-
-def complain(error: UsageError | RunError, process: Process | None = None) -> None:
-    """One line on stderr, with rank and host where there are several processes, and the error's exit status.
-
-    On each machine the first process to get here prints it. The others wait, because the launcher ends all processes
-    once one has failed. Without a group, or when rank 0 is gone, the machine's first process prints it. `error.alone`:
-    perhaps only this process has the error, so it prints it itself.
-    """
-    several = process is not None and process.world_size > 1
-    said = first = None
-    if watch is not None:
-        watch.stop()
-        if isinstance(error, LostError):
-            if process.on_node > 1:
-                time.sleep(GRACE + 2)  # a launcher may know more, and ends this one
-            said = watch.failure()
-        else:
-            watch.tell(f"{one_line(error)} ({place(process)})")
-        first = watch.first_of_node()
-    if first is None:
-        first = not several or process.local_rank == 0 or getattr(error, "alone", False)
-    if first:
-        text = one_line(error) + (f" ({place(process)})" if several else "") + (f": {said}" if said else "")
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
-    if several:
-        time.sleep(3)  # for the others: to print theirs, to read ours
-    if dist.is_initialized():
-        # A group whose processes go one by one can hang or abort while the interpreter is taken down.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(error.status)
-    sys.exit(error.status)
-
-
-def place(process: Process) -> str:
-    return f"rank {process.rank} on {socket.gethostname()}"
-
-
-def spawn(worker: Callable[[torch.device], None], first: Process) -> None:
-    """Starts the processes of this machine, one for each GPU, and passes on the signals that it gets."""
-    context = mp.start_processes(spawned, (worker, first), first.on_node, join=False)
+def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]], backend: str | None) -> None:
+    """Starts the processes of this machine and passes on the signals that it gets; exits as the first that fails."""
+    context = mp.start_processes(run, (worker, processes, backend), len(processes), join=False)
 
     def pass_on(number, frame):
         for pid in context.pids():
@@ -244,28 +122,23 @@ def spawn(worker: Callable[[torch.device], None], first: Process) -> None:
     except mp.ProcessExitedException as error:
         if error.signal_name is None:  # the process that failed has said why
             sys.exit(error.exit_code)
-        dead = replace(first, rank=first.rank + error.error_index, local_rank=0)
-        text = f"process {error.error_index} of {first.on_node} was ended by {error.signal_name}; {ADVICE}"
-        complain(RunError(text), dead)
+        text = f"process {error.error_index} of {len(processes)} was ended by {error.signal_name}; {ADVICE}"
+        report_and_exit(RunError(text), processes[error.error_index] | dict(LOCAL_RANK="0"))
 
 
-def spawned(local_rank: int, worker: Callable[[torch.device], None], first: Process) -> None:
-    os.setpgrp()  # a terminal's Ctrl-C goes to the process that started this one, which passes it on, once
-    process = replace(first, rank=first.rank + local_rank, local_rank=local_rank)
+def run(index: int, worker: Callable, processes: list[dict], backend: str | None, gpu: int | None = None) -> None:
+    """Joins the group, if there are several processes, and calls the worker, as the one of this index."""
+    process = processes[index]
+    os.environ.update(process)
+    world_size, on_node = int(process.get("WORLD_SIZE", 1)), int(process.get("LOCAL_WORLD_SIZE", 1))
+    distributed.nodes, distributed.processes_on_node = -(-world_size // on_node), on_node
+    distributed.local_rank = int(process.get("LOCAL_RANK", 0))
+    if len(processes) > 1:
+        os.setpgrp()  # a terminal's Ctrl-C goes to the process that started this one, which passes it on, once
     try:
-        run(worker, process)
-    except (UsageError, RunError) as error:
-        complain(error, process)
-
-
-def run(worker: Callable[[torch.device], None], process: Process) -> None:
-    """Joins the process group, if there is more than one process, and calls the worker on this process's device."""
-    device = choose_device(process)
-    distributed.processes_on_node, distributed.local_rank = process.on_node, process.local_rank
-    distributed.nodes = -(-process.world_size // process.on_node)
-    if process.world_size > 1:
-        join_group(process, device)
-    try:
+        device = choose_device(gpu)
+        if world_size > 1:
+            join_group(device, backend or ("nccl" if device.type == "cuda" else "gloo"), world_size)
         worker(device)
         leave_group()
     except KeyboardInterrupt:
@@ -273,75 +146,70 @@ def run(worker: Callable[[torch.device], None], process: Process) -> None:
     except SystemExit:  # all processes have agreed to leave
         leave_group()
         raise
-    except RuntimeError as error:  # a process that fails alone does not leave the group: with NCCL that would wait
-        raise explained(error, process) from None
+    except (UsageError, RunError) as error:  # it does not leave the group: with NCCL that would wait
+        report_and_exit(error, process)
+    except RuntimeError as error:
+        report_and_exit(explained(error), process)
 
 
-def choose_device(process: Process) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if not gpus:
+def choose_device(gpu: int | None = None) -> torch.device:
+    """GPU `gpu`; without it the only GPU that this process sees, or that of its local rank; without any, the CPU."""
+    gpus, processes = torch.cuda.device_count(), distributed.processes_on_node
+    if gpu is None and not gpus:
         return torch.device("cpu")
-    number = process.local_rank if process.gpu is None else process.gpu
-    if number >= gpus or (process.gpu is None and process.on_node > gpus):
-        which = f"process {number} of {process.on_node} has no GPU" if process.gpu is None else f"no GPU {number}"
-        raise UsageError(f"{which}: this machine shows {gpus}")
-    device = torch.device("cuda", number)
+    if gpu is not None and gpu >= gpus:
+        raise UsageError(f"--gpu {gpu}: this machine shows {gpus} GPUs")
+    if gpu is None and 1 < gpus < processes:
+        raise UsageError(f"{processes} processes need a GPU each: this machine shows {gpus}")
+    device = torch.device("cuda", gpu if gpu is not None else distributed.local_rank if gpus > 1 else 0)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32 itself; bf16 is the fast one
     return device
 
 
-def join_group(process: Process, device: torch.device) -> None:
-    backend = process.backend or ("nccl" if device.type == "cuda" else "gloo")
-    own = device if device.type == "cuda" else None
+def join_group(device: torch.device, backend: str, world_size: int) -> None:
     try:
-        dist.init_process_group(backend, process.url, PATIENCE, process.world_size, process.rank, device_id=own)
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"the {process.world_size} processes could not meet at {process.url} within "
-            f"{PATIENCE.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]}"
+            f"the {world_size} processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"(--dist-url) within {PATIENCE.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]}"
         ) from None
-    start_watch(process)
-
-
-def start_watch(process: Process) -> None:
-    """Watches the other processes, over a connection of its own to the store where they met."""
-    global watch
-    place_of_store = urlparse(process.url)
-    host, port = place_of_store.hostname, place_of_store.port
-    if place_of_store.scheme == "env":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if host is None or port is None:  # file://
-        return
-
-    def lost(text):
-        error = LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
-        if watch.first_of_node() or (watch.broken and process.local_rank == 0):
-            line = f"{one_line(error)} ({place(process)}): {text}"
-            print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
-        os._exit(error.status)
-
-    watch = Watch(host, port, process.rank, process.world_size, process.node, lost)
 
 
 def leave_group() -> None:
-    global watch
     if dist.is_initialized():
-        dist.barrier()  # rank 0 hosts the store that the others watch
-        if watch is not None:
-            watch.stop()
-            watch = None
+        dist.barrier()  # rank 0 hosts the store, which the others need to leave
         dist.destroy_process_group()
 
 
-def explained(error: RuntimeError, process: Process) -> RuntimeError | RunError:
-    """The error to report to the user, or the given one if it is a bug."""
+def explained(error: RuntimeError) -> RunError:
+    """The error as a user needs it. Raises the given one if it is a bug."""
+    lines = str(error).strip().splitlines() or [""]
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        reason = str(error).splitlines()[0]
-        return RunError(f"out of memory: a smaller -b or --moco-k may fit ({reason})", alone=True)
+        return RunError(f"out of memory: a smaller -b or --moco-k may fit ({lines[0]})")
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
-        return RunError(WORKER_DIED, alone=True)
+        return RunError(WORKER_DIED)
     if distributed.lost_connection(error):
-        return LostError(f"another of the {process.world_size} processes has ended or cannot be reached; {ADVICE}")
-    return error
+        others = f"another of the {distributed.world_size()} processes"
+        return LostError(f"{others} has ended or cannot be reached ({lines[-1]}); {ADVICE}")
+    raise error
+
+
+def report_and_exit(error: UsageError | RunError, process: Mapping[str, str] | None = None) -> NoReturn:
+    """One line on stderr, with rank and host where there are several processes, and the error's exit status.
+
+    The first process of a machine prints at once, and its launcher ends the others: one line, if all have the error.
+    Another process prints if it lives on. A loss is printed where no launcher ends the survivors.
+    """
+    text = one_line(error)
+    if process and process["WORLD_SIZE"] != "1":
+        text += f" (rank {process['RANK']} on {socket.gethostname()})"
+        time.sleep((GRACE + 2) * (isinstance(error, LostError) + (process["LOCAL_RANK"] != "0")))
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # A group whose processes go one by one can hang or abort while the interpreter is taken down.
+        sys.stdout.flush()
+        os._exit(error.status)
+    sys.exit(error.status)

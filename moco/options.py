@@ -16,6 +16,7 @@ from torch import nn
 from moco import augment, checkpoint, datasets, distributed, logs
 from moco.epoch import moco_learning_rate, supcon_learning_rate
 from moco.errors import UsageError, one_line
+from moco.launch import DIST_URL
 
 LARGEST = 2**31 - 1  # of a whole number
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
@@ -143,6 +144,10 @@ def supcon_options(parser: Parser) -> None:
     add("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
 
 
+def cross_entropy_options(parser: Parser) -> None:
+    """It has none of its own."""
+
+
 def build_moco(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
     size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
     return model_class(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
@@ -160,15 +165,11 @@ def build_classifier(model_class: type[nn.Module], base_encoder: Callable, args:
     return model_class(base_encoder, classes, bn_splits=args.bn_splits)
 
 
-def views(count: int, plain: augment.Recipe) -> Callable[[Namespace], list[augment.Recipe]]:
-    """The recipe of `count` views: that of --aug-plus or --aug-mild, else the method's own."""
-
-    def chosen(args):
-        chosen = {"aug_plus": augment.AUG_PLUS, "aug_mild": augment.MILD, "aug_crop": augment.PADDED}
-        recipe = next((recipe for name, recipe in chosen.items() if getattr(args, name)), plain)
-        return [replace(recipe, size=args.image_size)] * count
-
-    return chosen
+def views(count: int, plain: augment.Recipe, args: Namespace) -> list[augment.Recipe]:
+    """The recipe of each of `count` views: that of --aug-plus and its like, else the method's own, `plain`."""
+    chosen = {"aug_plus": augment.AUG_PLUS, "aug_mild": augment.MILD, "aug_crop": augment.PADDED}
+    recipe = next((recipe for name, recipe in chosen.items() if getattr(args, name)), plain)
+    return [replace(recipe, size=args.image_size)] * count
 
 
 def moco_rate(epoch: float, args: Namespace) -> float:
@@ -179,10 +180,10 @@ def supcon_rate(epoch: float, args: Namespace) -> float:
     return supcon_learning_rate(epoch, args.lr, args.epochs, args.warm_up) if args.cos else moco_rate(epoch, args)
 
 
-MOCO = Method(moco_options, build_moco, views(2, augment.PLAIN), moco_rate)
-PROTO = Method(moco_options, build_proto, views(2, augment.PLAIN), moco_rate)
-SUPCON = Method(supcon_options, build_supcon, views(2, augment.SUPCON), supcon_rate)
-CROSS_ENTROPY = Method(lambda parser: None, build_classifier, views(1, augment.CROSS_ENTROPY), supcon_rate)
+MOCO = Method(moco_options, build_moco, partial(views, 2, augment.PLAIN), moco_rate)
+PROTO = Method(moco_options, build_proto, partial(views, 2, augment.PLAIN), moco_rate)
+SUPCON = Method(supcon_options, build_supcon, partial(views, 2, augment.SUPCON), supcon_rate)
+CROSS_ENTROPY = Method(cross_entropy_options, build_classifier, partial(views, 1, augment.CROSS_ENTROPY), supcon_rate)
 
 
 def linear_parser(description: str) -> Parser:
@@ -246,13 +247,13 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
 
 
 def process_options(add: Callable) -> None:
-    text = "one process for each visible GPU (torchrun and srun work too, and override this, --world-size and --rank)"
+    text = "one process per visible GPU (under torchrun or scripts/slurm.sh ignored, as are the next four options)"
     add("--multiprocessing-distributed", action="store_true", help=text)
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
-    add("--world-size", type=int, default=-1, metavar="N", help="machines (default: one)")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
     add("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
-    text = "where the processes meet (default: %(default)s)"
-    add("--dist-url", default="tcp://localhost:10001", metavar="URL", help=text)
+    text = "address of the first machine, for several processes (default: %(default)s)"
+    add("--dist-url", default=DIST_URL, metavar="tcp://HOST:PORT", help=text)
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
 

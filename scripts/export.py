@@ -60,7 +60,7 @@ def main():
         what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
         print(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
     except (UsageError, RunError) as error:
-        launch.complain(error)
+        launch.report_and_exit(error)
 
 
 def check(out: Path, force: bool) -> None:

@@ -51,9 +51,9 @@ def main():
         if args.neighbours and not args.picture:
             raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
         split, paths = images(args)
-        launch.run(partial(extract, args, split, paths), launch.Process())
+        launch.launch(partial(extract, args, split, paths))
     except (UsageError, RunError) as error:
-        launch.complain(error)
+        launch.report_and_exit(error)
 
 
 def images(args) -> tuple[datasets.Split, list[str]]:

@@ -31,7 +31,7 @@ def main():
         draw(args.run, args.data, out)
         print(out)
     except (UsageError, RunError) as error:
-        launch.complain(error)
+        launch.report_and_exit(error)
 
 
 def draw(run, folder, out):
@@ -81,7 +81,7 @@ def embedding(run, folder=None, most=2000):
     saved = checkpoint.load(path)
     if not (args := saved["options"]):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
-    device = launch.choose_device(launch.Process())
+    device = launch.choose_device()
     holdout = args.get("holdout", 0)
     split = datasets.load(args["dataset"], folder or args["data"], False, holdout=holdout, device=device)
     network, centre, _ = inference.load(path)

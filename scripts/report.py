@@ -71,9 +71,9 @@ def main():
             draw(runs, args.results)
             draw_labels(labelled, args.results)
     except OSError as error:
-        launch.complain(RunError(f"'{error.filename}': {error.strerror}"))
+        launch.report_and_exit(RunError(f"'{error.filename}': {error.strerror}"))
     except (UsageError, RunError) as error:
-        launch.complain(error)
+        launch.report_and_exit(error)
 
 
 def read(folder):

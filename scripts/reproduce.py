@@ -59,7 +59,7 @@ def main():
                 spread = statistics.stdev(scores)
                 say(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
     except (UsageError, RunError) as error:
-        launch.complain(error)
+        launch.report_and_exit(error)
     except KeyboardInterrupt:
         sys.exit(130)
 

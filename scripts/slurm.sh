@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains under SLURM, one task a GPU, on as many nodes as it is given:
+# Trains under SLURM, one task per GPU, on as many nodes as it is given:
 #
 #     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.12 -b 256 ... data/
 #
@@ -27,8 +27,15 @@ shift
 # The job keeps its number when it is queued again, so it finds its checkpoint.
 out=runs/slurm-$SLURM_JOB_ID
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" "$script" --output-dir "$out" --resume auto "$@"
+# Each task describes itself as torchrun would. exec: signals and the exit status are the program's, not a shell's.
+# shellcheck disable=SC2016
+srun --kill-on-bad-exit=1 bash -c '
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
+    export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
+    exec "$@"' task "${PYTHON:-python}" "$script" --output-dir "$out" --resume auto "$@"
 status=$?
 
 if [ $status -eq 138 ]; then # SIGUSR1: saved, with work left

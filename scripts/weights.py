@@ -66,7 +66,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
         if not (folder / name).exists():
             raise RunError(f"'{folder / name}' is missing: '{named[name][0]}' names it")
     dataset = datasets.resolve("auto", data)
-    device = launch.choose_device(launch.Process())
+    device = launch.choose_device()
     images = datasets.load(dataset, data, False, device=device)
     wrong = []
     for path in found:

@@ -1,24 +1,25 @@
-"""Two processes, one of which is killed while the other waits without end: PORT VICTIM RANK. Used by test_launch."""
+"""Two processes, one of which is killed while the other neither fails nor ends: PORT VICTIM. Used by test_launch."""
 
 import os
 import signal
 import sys
 import time
 
-import torch.distributed as dist
+import torch
 
-from moco import launch, watch
-
-watch.LOST, watch.GRACE = 4, 1
-port, victim, rank = map(int, sys.argv[1:])
+from moco import distributed, launch
 
 
 def worker(device):
-    dist.barrier()
-    time.sleep(3)
-    if rank == victim:
+    distributed.barrier()
+    if distributed.rank() == int(sys.argv[2]):
+        time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("survivor", os.getpid(), flush=True)
     time.sleep(300)
 
 
-launch.launch(worker, world_size=2, rank=rank, dist_url=f"tcp://localhost:{port}")
+if __name__ == "__main__":
+    torch.cuda.device_count = lambda: 2  # the processes that it starts see none
+    launch.launch(worker, multiprocessing_distributed=True, dist_url=f"tcp://localhost:{sys.argv[1]}")

@@ -1,6 +1,5 @@
 """Ways to launch, several machines (here: several launches on one), and what each of them says when one fails."""
 
-import dataclasses
 import json
 import os
 import re
@@ -9,122 +8,157 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, TINY_MOCO
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import datasets, distributed, launch
 from moco.errors import UsageError
-from moco.launch import plan
 from test_bad_input import SHORT
 from test_faults import free_port, start, until
 
-TORCHRUN = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", GROUP_RANK="1", MASTER_ADDR="a")
-JOB = dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_JOB_NODELIST="gpu[07-08]", SLURM_NODEID="0", SLURM_PROCID="0")
-STEP = JOB | dict(SLURM_STEP_NUM_TASKS="8", SLURM_STEP_TASKS_PER_NODE="4(x2)", SLURM_STEP_NODELIST="gpu[07-08]")
-SRUN = STEP | dict(SLURM_PROCID="7", SLURM_LOCALID="3", SLURM_NODEID="1", SLURM_STEP_ID="2")
-UNEVEN = SRUN | dict(SLURM_STEP_NUM_TASKS="7", SLURM_STEP_TASKS_PER_NODE="4,3", SLURM_PROCID="6", SLURM_LOCALID="2")
-NODES = SRUN | dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_PROCID="1", SLURM_LOCALID="0")
-KUBERNETES = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="job-master-0", MASTER_PORT="23456")
-ALL = dict(multiprocessing_distributed=True, world_size=1, rank=0, dist_url="tcp://localhost:10013")
-TCP = "tcp://gpu07:10010"
+NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
+TORCHRUN = NODE | dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+MOCO = dict(multiprocessing_distributed=True, world_size=1, rank=0, dist_url="tcp://localhost:10013")
+URL = launch.DIST_URL.removeprefix("tcp://")
 
 
 @pytest.mark.parametrize(
-    "environment, gpus, options, processes, rank, device, on_node, url",
+    "gpus, options, ranks, world_size, place",
     [
-        (TORCHRUN, 4, {}, 8, 5, 1, 4, "env://"),
-        (TORCHRUN, 4, ALL | dict(gpu=0), 8, 5, 1, 4, "env://"),
-        (TORCHRUN | SRUN, 4, {}, 8, 5, 1, 4, "env://"),  # torchrun inside an srun step
-        (TORCHRUN, 0, {}, 8, 5, "cpu", 4, "env://"),
-        (SRUN, 4, {}, 8, 7, 3, 4, TCP),
-        (SRUN, 4, ALL, 8, 7, 3, 4, "tcp://localhost:10013"),
-        (SRUN, 1, {}, 8, 7, 0, 4, TCP),  # --gpus-per-task=1: each task sees one, numbered 0
-        (SRUN, 0, {}, 8, 7, "cpu", 4, TCP),
-        (UNEVEN, 4, {}, 7, 6, 2, 3, TCP),
-        (SRUN | dict(MASTER_ADDR="10.0.0.1", MASTER_PORT="99"), 4, {}, 8, 7, 3, 4, "tcp://10.0.0.1:99"),
-        (NODES, 4, {}, 2, 1, 0, 1, TCP),
-        (NODES, 4, dict(multiprocessing_distributed=True), 8, 4, range(4), 4, TCP),
-        (JOB, 4, {}, 1, 0, 0, 1, launch.DIST_URL),  # sbatch's own shell
-        (JOB, 4, dict(multiprocessing_distributed=True), 4, 0, range(4), 4, launch.DIST_URL),
-        (JOB | dict(SLURM_STEP_NUM_TASKS="1"), 4, {}, 1, 0, 0, 1, launch.DIST_URL),  # srun --pty bash
-        (KUBERNETES, 8, {}, 16, 8, range(8), 8, "tcp://job-master-0:23456"),
-        (KUBERNETES, 8, ALL, 16, 8, range(8), 8, "tcp://job-master-0:23456"),
-        (KUBERNETES, 1, {}, 2, 1, 0, 1, "tcp://job-master-0:23456"),
-        (KUBERNETES, 0, {}, 2, 1, "cpu", 1, "tcp://job-master-0:23456"),
-        (dict(RANK="0", WORLD_SIZE="1"), 8, {}, 8, 0, range(8), 8, launch.DIST_URL),
-        ({}, 0, {}, 1, 0, "cpu", 1, launch.DIST_URL),
-        ({}, 8, {}, 1, 0, 0, 1, launch.DIST_URL),
-        ({}, 8, dict(gpu=3), 1, 0, 3, 1, launch.DIST_URL),
-        ({}, 0, ALL, 1, 0, "cpu", 1, "tcp://localhost:10013"),
-        ({}, 2, ALL, 2, 0, range(2), 2, "tcp://localhost:10013"),
-        ({}, 8, ALL | dict(world_size=2, rank=1), 16, 8, range(8), 8, "tcp://localhost:10013"),
-        ({}, 8, dict(world_size=2, rank=1, gpu=3), 2, 1, 3, 1, launch.DIST_URL),
-        (dict(RANK="1"), 8, {}, 1, 0, 0, 1, launch.DIST_URL),
+        (0, {}, None, 1, None),
+        (8, {}, None, 1, None),
+        (0, MOCO, None, 1, None),
+        (1, MOCO, None, 1, None),
+        (2, MOCO, range(2), 2, "localhost:10013"),
+        (2, dict(multiprocessing_distributed=True), range(2), 2, URL),
+        (8, MOCO | dict(world_size=2, rank=1), range(8, 16), 16, "localhost:10013"),
+        (1, MOCO | dict(world_size=2, rank=1), range(1, 2), 2, "localhost:10013"),
+        (8, dict(world_size=2, rank=0, dist_url="tcp://[::1]:99"), range(1), 2, "::1:99"),
     ],
 )
-def test_environments(environment, gpus, options, processes, rank, device, on_node, url, monkeypatch):
+def test_processes_that_options_start(gpus, options, ranks, world_size, place):
+    processes = launch.plan({}, gpus, **options)
+    if ranks is None:
+        assert processes == [{}]
+        return
+    assert all(tuple(process) == launch.VARIABLES for process in processes)
+    numbers = [[int(process[name]) for name in launch.VARIABLES[:4]] for process in processes]
+    assert numbers == [[rank, world_size, local, len(ranks)] for local, rank in enumerate(ranks)]
+    assert {f"{process['MASTER_ADDR']}:{process['MASTER_PORT']}" for process in processes} == {place}
+
+
+@pytest.mark.parametrize(
+    "gpus, processes, local_rank, gpu, device",
+    [
+        (0, 2, 1, None, "cpu"),
+        (1, 4, 3, None, "cuda:0"),  # each process sees its own GPU, numbered 0
+        (4, 4, 3, None, "cuda:3"),
+        (4, 1, 0, 2, "cuda:2"),
+        (2, 4, 3, None, "4 processes need a GPU each: this machine shows 2"),
+        (2, 1, 0, 5, "--gpu 5: this machine shows 2"),
+        (0, 1, 0, 0, "--gpu 0: this machine shows 0"),
+    ],
+)
+def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    process, spawning, _ = plan(environment, gpus, **options)
-    assert (process.world_size, process.rank, process.on_node, process.url) == (processes, rank, on_node, url)
-    assert spawning == isinstance(device, range)
-    spawned = [dataclasses.replace(process, local_rank=i) for i in device] if spawning else [process]
-    devices = [launch.choose_device(each) for each in spawned]
-    assert devices == [
-        torch.device("cuda", i) if i != "cpu" else torch.device(i) for i in (device if spawning else [device])
-    ]
+    monkeypatch.setattr(distributed, "processes_on_node", processes)
+    monkeypatch.setattr(distributed, "local_rank", local_rank)
+    if "GPU" in device or "--gpu" in device:
+        with pytest.raises(UsageError, match=device):
+            launch.choose_device(gpu)
+    else:
+        assert str(launch.choose_device(gpu)) == device
+
+
+def test_options_that_the_environment_overrides_are_named(capsys):
+    options = launch.launch.__kwdefaults__ | MOCO
+    assert launch.inherited(TORCHRUN | dict(RANK="0", HOME="/"), **options) == TORCHRUN | dict(RANK="0")
+    names = "--multiprocessing-distributed, --world-size, --rank, --dist-url"
+    assert capsys.readouterr().out.startswith(f"note: {names} ignored: ")
+    launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
+    launch.inherited(TORCHRUN | dict(RANK="0"), **dict.fromkeys(options, None))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="LOCAL_RANK is 'first'"):
+        launch.inherited(TORCHRUN | dict(LOCAL_RANK="first"))
+
+
+STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
 
 
 @pytest.mark.parametrize(
-    "environment, options, ignored",
+    "environment, options, says",
     [
-        (TORCHRUN, ALL, "--multiprocessing-distributed, --world-size, --rank, --dist-url"),
-        (TORCHRUN, dict(gpu=1), "--gpu"),
-        (SRUN, ALL, "--multiprocessing-distributed, --world-size, --rank"),
-        (NODES, ALL, "--world-size, --rank"),
-        (KUBERNETES, ALL, "--world-size, --rank, --dist-url"),
-        (KUBERNETES, dict(multiprocessing_distributed=True, gpu=1), None),
-        (TORCHRUN, {}, None),
-        (SRUN, {}, None),
-        ({}, ALL, None),
+        (
+            dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
+            {},
+            "not LOCAL_RANK, LOCAL_W.*with torchrun",
+        ),
+        (STEP, {}, "8 tasks of this srun step would train alone: use scripts/slurm.sh"),
+        (STEP, MOCO, "8 tasks of this srun step would train alone"),
+        ({}, dict(dist_url="file:///tmp/meet"), "file:///tmp/meet': use tcp://HOST:PORT, or .* torchrun"),
+        ({}, dict(dist_url="tcp://localhost"), "tcp://HOST:PORT"),
+        ({}, dict(world_size=2, rank=2), "--rank 2 is not one of the 2 nodes"),
+        ({}, dict(world_size=2), "--rank -1 is not one of the 2 nodes"),
+        (dict(RANK="0", WORLD_SIZE="1"), {}, None),  # a PyTorchJob of one pod
+        (dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0"), {}, None),  # the shell of a batch script
+        (STEP | dict(SLURM_STEP_NUM_TASKS="1"), {}, None),  # srun --pty bash
+        (STEP, dict(world_size=8, rank=3), None),  # the options tell the tasks apart
     ],
 )
-def test_options_that_the_environment_overrides_are_named(environment, options, ignored):
-    note = plan(environment, 4, **options)[2]
-    assert note.endswith(f": {ignored} ignored") if ignored else note == ""
-
-
-def test_environments_that_cannot_be():
-    for environment, says in (
-        (TORCHRUN | dict(LOCAL_RANK="first"), "LOCAL_RANK is 'first'"),
-        (KUBERNETES | dict(RANK="2"), "--rank 2 is not one of the 2 nodes"),
-        (KUBERNETES | dict(MASTER_PORT="x"), "MASTER_PORT"),
-    ):
+def test_environments_that_are_refused(environment, options, says):
+    if says is None:
+        assert len(launch.plan(environment, 0, **options)) == 1
+    else:
         with pytest.raises(UsageError, match=says):
-            plan(environment, 4)
+            launch.plan(environment, 0, **options)
 
 
-@pytest.mark.parametrize(
-    "nodes, first",
-    [
-        ("gpu[07-09,12],cpu1", "gpu07"),
-        ("n1,n2", "n1"),
-        ("a-[1,3]-ib", "a-1-ib"),
-        ("single", "single"),
-    ],
-)
-def test_where_an_srun_step_meets(nodes, first):
-    assert launch.meeting_point(dict(SLURM_STEP_NODELIST=nodes, SLURM_JOB_ID="123456")) == f"tcp://{first}:13457"
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("main_*.py")))
+def test_processes_can_be_started_for_every_script(script, run, monkeypatch):
+    """A process of torch.multiprocessing gets the worker as a pickle."""
+    pickles = []
+    monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
+    words = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
+    assert run(script, TINY, words).status == 0 and pickles
 
 
-def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="process 3 of 4 has no GPU: this machine shows 2"):
-        launch.choose_device(plan(SRUN, 2)[0])
-    with pytest.raises(UsageError, match="no GPU 5: this machine shows 2"):
-        launch.choose_device(plan({}, 2, gpu=5)[0])
+def test_one_process_for_each_gpu(tmp_path):
+    """MoCo's own command; a signal to the process that starts the others; the linear evaluation of what it left."""
+    words = ["tests/two_gpus.py", str(ROOT / "main_moco_out.py"), *TINY_MOCO.split(), "--output-dir", str(tmp_path)]
+    several = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:{free_port()}".split()
+    run = start(*words, *several, "--epochs", "5000")
+    assert "on 2 processes" in until(run, "Epoch: [0]")
+    run.send_signal(signal.SIGTERM)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 143 and out.count("stopped ") == 1 and "Traceback" not in out, out
+    words = ["tests/two_gpus.py", str(ROOT / "main_lincls.py"), *TINY.split(), "--output-dir", str(tmp_path)]
+    linear = start(*words, *several, "--epochs", "1", "--pretrained", str(tmp_path / "checkpoint_last.pth.tar"))
+    out = linear.communicate(timeout=100)[0]
+    assert linear.returncode == 0 and out.count("result: ") == 1, out
+
+
+def test_what_torchrun_does_with_signals(tmp_path):
+    """SIGTERM reaches the processes, which save, and its status is 1; SIGUSR1 ends only torchrun itself."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(ROOT / "main_moco_out.py")]
+    words += [*TINY_MOCO.split(), "--epochs", "5000", "--output-dir", str(tmp_path), "--resume", "auto"]
+    for number, status in ((signal.SIGTERM, 1), (signal.SIGUSR1, -signal.SIGUSR1)):
+        run = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert "on 2 processes" in until(run, "Epoch: [")
+        processes = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        run.send_signal(number)
+        if number == signal.SIGUSR1:
+            run.wait(timeout=60)
+            until(run, "Epoch: [")
+            for pid in processes:
+                os.kill(pid, signal.SIGKILL)
+        out = run.communicate(timeout=60)[0]
+        assert len(processes) == 2 and run.returncode == status, out
+        assert ("stopped " in out) == (number == signal.SIGTERM), out
 
 
 def two_nodes(words, *more_words):
@@ -138,7 +172,7 @@ def two_nodes(words, *more_words):
 
 
 def test_the_second_of_two_nodes_fails(folder, tmp_path):
-    """Each node says in one line, with rank and host, what has happened; all end within a minute."""
+    """It says why, in one line with rank and host; the first one says that it has lost the other."""
     good, other, broken = (folder(name, train=6) for name in ("good", "other", "broken"))
     (broken / "train/dog/3.png").write_bytes(b"GIF89a, perhaps")
     faults = {
@@ -154,24 +188,21 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
         for rank, (run, out) in enumerate(zip(runs, outs, strict=True)):
             said = [line for line in out.splitlines() if "error: " in line]
             assert len(said) == 1 and f"(rank {rank} on {socket.gethostname()})" in said[0], out
-            assert says in said[0] and run.returncode != 0 and "Traceback" not in out, out
-            assert rank == 1 or "another of the 2 processes" in said[0], out
+            assert (says if rank else "another of the 2 processes") in said[0], out
+            assert run.returncode != 0 and "Traceback" not in out, out
         assert "note: -b 4 is the global batch, of all 2 nodes together" in outs[0]
 
 
-def test_a_survivor_that_nothing_wakes_is_ended():
-    """With NCCL a process can wait for a dead one without an error of its own: here it sleeps."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pairs = []
-    for victim in "01":
-        words = ["tests/sleeper.py", str(free_port()), victim]
-        pairs.append([start(*words, rank, env=environment) for rank in "01"])
-    for victim, runs in enumerate(pairs):
-        out = re.sub(r"\[Gloo\].*\n", "", runs[1 - victim].communicate(timeout=60)[0])  # PyTorch 2.8 says so itself
-        runs[victim].communicate(timeout=60)
-        silent = f"rank 1 on {socket.gethostname()} has sent no heartbeat"
-        assert (silent if victim else "rank 0 cannot be reached") in out and f"(rank {1 - victim} on " in out, out
-        assert runs[1 - victim].returncode == 1 and out.count("error: ") == out.count("\n") == 1, out
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_survivor_that_nothing_wakes_is_ended(victim):
+    """With NCCL a process can wait for a dead one, deaf to signals: its launcher kills it."""
+    begun = time.monotonic()
+    run = start("tests/sleeper.py", str(free_port()), str(victim))
+    out = run.communicate(timeout=100)[0]
+    assert f"error: process {victim} of 2 was ended by SIGKILL" in out and f"(rank {victim} on " in out, out
+    survivor = int(out.split("survivor ")[1].split()[0])
+    assert run.returncode == 1 and out.count("error: ") == 1 and not Path(f"/proc/{survivor}").exists(), out
+    assert time.monotonic() - begun < 60
 
 
 def test_each_node_prints_one_line(tmp_path):
@@ -207,10 +238,9 @@ def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeyp
 
 
 def test_the_out_of_memory_line_names_what_takes_the_memory():
-    error = launch.explained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB"), launch.Process())
-    assert "-b" in str(error) and "--moco-k" in str(error)
-    error = launch.explained(RuntimeError("DefaultCPUAllocator: can't allocate memory"), launch.Process())
-    assert "-b" in str(error)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CPUAllocator: can't allocate memory")):
+        text = str(launch.explained(error))
+        assert "-b" in text and "--moco-k" in text and str(error) in text
 
 
 SRUN_SCRIPT = """#!/bin/bash
@@ -232,13 +262,18 @@ exit $status
 """
 
 
+SCONTROL_SCRIPT = """#!/bin/bash
+if [[ $1 == show ]]; then printf "localhost\\nnowhere\\n"; else echo "$@" > "$BESIDE/scontrol.called"; fi
+"""
+
+
 def test_the_sbatch_file(tmp_path):
     """SLURM's signal before the time limit: saved, queued again under the same number, resumed."""
-    for name, text in (("srun", SRUN_SCRIPT), ("scontrol", '#!/bin/bash\necho "$@" > "$BESIDE/scontrol.called"\n')):
+    for name, text in (("srun", SRUN_SCRIPT), ("scontrol", SCONTROL_SCRIPT)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    step = dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="localhost")
-    job = step | dict(SLURM_JOB_ID="41", SLURM_NODEID="0", SLURM_STEP_ID="0", MASTER_PORT=str(free_port()))
+    job = dict(SLURM_JOB_ID="41", SLURM_JOB_NODELIST="n[1-2]", SLURM_STEP_NUM_TASKS="2", SLURM_NTASKS_PER_NODE="2")
+    job["MASTER_PORT"] = str(free_port())
     environment = {**os.environ, **job, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "BESIDE": str(tmp_path)}
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     for epochs, status in (("5000", 138), ("8", 0)):

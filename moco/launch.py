@@ -82,16 +82,11 @@ def plan(
     """
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
         missing = ", ".join(name for name in VARIABLES if name not in environment)
-        raise UsageError(
-            f"RANK and WORLD_SIZE are set, but not {missing}: start the script with torchrun, which sets all of them "
-            "(torchrun --nnodes $WORLD_SIZE --node-rank $RANK --nproc-per-node gpu ..., see docs/clusters.md)"
-        )
+        raise UsageError(f"RANK and WORLD_SIZE are set, but not {missing}: use torchrun, see docs/clusters.md")
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "RANK" not in environment and world_size <= 1:
-        raise UsageError(
-            f"RANK is not set, so each of the {tasks} tasks of this srun step would train alone: use scripts/slurm.sh, "
-            "which sets it, or start torchrun in one task per node"
-        )
+        text = "use scripts/slurm.sh, or start torchrun in one task per node"
+        raise UsageError(f"RANK is not set: each of the {tasks} tasks of this srun step would train alone; {text}")
     nodes, node = (world_size, rank) if world_size >= 1 else (1, 0)
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {rank} is not one of the {nodes} nodes: it is 0 to {nodes - 1}")
@@ -127,7 +122,7 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
 
 
 def run(index: int, worker: Callable, processes: list[dict], backend: str | None, gpu: int | None = None) -> None:
-    """Joins the group, if there are several processes, and calls the worker, as the one of this index."""
+    """Calls the worker as the process of this index; joins the group first, if there are several."""
     process = processes[index]
     os.environ.update(process)
     world_size, on_node = int(process.get("WORLD_SIZE", 1)), int(process.get("LOCAL_WORLD_SIZE", 1))
@@ -201,7 +196,7 @@ def report_and_exit(error: UsageError | RunError, process: Mapping[str, str] | N
     """One line on stderr, with rank and host where there are several processes, and the error's exit status.
 
     The first process of a machine prints at once, and its launcher ends the others: one line, if all have the error.
-    Another process prints if it lives on. A loss is printed where no launcher ends the survivors.
+    Another process prints if it lives on; so does one that has lost another.
     """
     text = one_line(error)
     if process and process["WORLD_SIZE"] != "1":

@@ -96,9 +96,9 @@ STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
         (
             dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
             {},
-            "not LOCAL_RANK, LOCAL_W.*with torchrun",
+            "not LOCAL_RANK, LOCAL_WORLD_SIZE: use torchrun",
         ),
-        (STEP, {}, "8 tasks of this srun step would train alone: use scripts/slurm.sh"),
+        (STEP, {}, "8 tasks of this srun step would train alone; use scripts/slurm.sh"),
         (STEP, MOCO, "8 tasks of this srun step would train alone"),
         ({}, dict(dist_url="file:///tmp/meet"), "file:///tmp/meet': use tcp://HOST:PORT, or .* torchrun"),
         ({}, dict(dist_url="tcp://localhost"), "tcp://HOST:PORT"),

@@ -1,6 +1,7 @@
 """Processes: torchrun's variables describe each, MoCo's options start some that have them; errors are one line."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -102,6 +103,7 @@ def plan(
 
 def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]], backend: str | None) -> None:
     """Starts the processes of this machine and passes on the signals that it gets; exits as the first that fails."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not "Terminating process"
     context = mp.start_processes(run, (worker, processes, backend), len(processes), join=False)
 
     def pass_on(number, frame):
@@ -187,8 +189,8 @@ def explained(error: RuntimeError) -> RunError:
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
         return RunError(WORKER_DIED)
     if distributed.lost_connection(error):
-        others = f"another of the {distributed.world_size()} processes"
-        return LostError(f"{others} has ended or cannot be reached ({lines[-1]}); {ADVICE}")
+        others, reason = distributed.world_size(), f" ({lines[-1]})" if "NCCL" in str(error) else ""
+        return LostError(f"another of the {others} processes has ended or cannot be reached{reason}; {ADVICE}")
     raise error
 
 

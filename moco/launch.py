@@ -58,7 +58,8 @@ def inherited(environment: Mapping[str, str], **options) -> dict[str, str]:
     for name in VARIABLES[:4]:
         if not process[name].isdecimal():
             raise UsageError(f"the environment variable {name} is '{process[name]}', not a whole number")
-    given = [name for name, value in options.items() if value not in (None, False, -1, DIST_URL)]
+    unset = dict(multiprocessing_distributed=False, gpu=None, world_size=-1, rank=-1, dist_url=DIST_URL)
+    given = [name for name in unset if options.get(name, unset[name]) != unset[name]]
     if given and process["RANK"] == "0":
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         logs.say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK say which process this is")

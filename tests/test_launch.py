@@ -76,12 +76,12 @@ def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monke
 
 
 def test_options_that_the_environment_overrides_are_named(capsys):
-    options = launch.launch.__kwdefaults__ | MOCO
+    options = MOCO | dict(gpu=0)
     assert launch.inherited(TORCHRUN | dict(RANK="0", HOME="/"), **options) == TORCHRUN | dict(RANK="0")
-    names = "--multiprocessing-distributed, --world-size, --rank, --dist-url"
+    names = "--multiprocessing-distributed, --gpu, --world-size, --rank, --dist-url"
     assert capsys.readouterr().out.startswith(f"note: {names} ignored: ")
     launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
-    launch.inherited(TORCHRUN | dict(RANK="0"), **dict.fromkeys(options, None))
+    launch.inherited(TORCHRUN | dict(RANK="0"), gpu=None, dist_url=launch.DIST_URL)
     assert capsys.readouterr().out == ""
     with pytest.raises(UsageError, match="LOCAL_RANK is 'first'"):
         launch.inherited(TORCHRUN | dict(LOCAL_RANK="first"))

@@ -10,7 +10,7 @@ in model_best.pth.tar, with its encoder; this evaluates it again:
 
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,12 @@ def main() -> None:
 
 
 def evaluate_linear(args: Namespace, device: torch.device) -> None:
+    """Evaluates, or trains while no other linear evaluation may use the output folder."""
+    with nullcontext() if args.evaluate else checkpoint.lock(args.output_dir, "linear"):
+        prepare(args, device)
+
+
+def prepare(args: Namespace, device: torch.device) -> None:
     """Loads encoder and images, then evaluates or trains a classifier."""
     args.resume = checkpoint.find(args.resume, args.output_dir, device, LAST)
     source, saved, weights = read(args)

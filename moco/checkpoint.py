@@ -3,11 +3,16 @@ and what resuming needs besides. A checkpoint is data, not a program: it is load
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import pickle
 import shutil
+import socket
+import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,9 @@ from moco.logs import say
 
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
+PATIENCE = (
+    20  # seconds to wait for another run to leave the output folder: a requeued job meets the old one's last save
+)
 
 # Options that a resumed run cannot change without becoming another run.
 FIXED = [
@@ -57,6 +65,53 @@ LATER = {"labels_per_class": None, "ema": None}
 LATER |= dict.fromkeys(["aug_mild", "aug_crop", "nesterov", "no_bias_decay"], False)
 # Options that may change, but not silently.
 ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
+
+
+@contextlib.contextmanager
+def lock(folder: str | Path, name: str) -> Iterator[None]:
+    """Keeps every other run that writes FOLDER/NAME.csv and its checkpoints out of the folder. Only rank 0 holds it.
+
+    The kernel releases it when that process ends, however it ends; child processes do not inherit it.
+
+    Raises:
+        RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
+    """
+    if distributed.rank() != 0:
+        yield
+        return
+    path = Path(folder, f"{name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  not truncated: it may be another run's
+    except OSError as error:
+        raise RunError(f"'{error.filename}' cannot be written: {error.strerror}", alone=True) from None
+    with file:
+        acquire(file, path)
+        yield
+
+
+def acquire(file, path: Path) -> None:
+    """Locks the open file and writes this process's place into it."""
+    for second in range(PATIENCE + 1):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RunError(f"'{path}' cannot be written: {error.strerror}", alone=True) from None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"note: '{path.parent}' cannot be locked ({error.strerror}): start no second run in it")
+                return
+        file.seek(0)
+        place = file.read().strip() or "another run"
+        if second == 0:
+            say(f"note: {place} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
+        if second < PATIENCE:
+            time.sleep(1)
+    raise RunError(f"{place} is using '{path.parent}': wait for it to end, or choose another --output-dir", alone=True)
 
 
 def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:

@@ -19,6 +19,7 @@ from moco.errors import UsageError, one_line
 from moco.launch import DIST_URL
 
 LARGEST = 2**31 - 1  # of a whole number
+SCHEDULE = [600, 800]  # of pretraining without --cos
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
 
@@ -88,7 +89,7 @@ count, amount, fraction = number(int, 0, LARGEST), number(float, 0), number(floa
 
 def pretrain_parser(description: str, method: Method | None = None, **defaults) -> Parser:
     """Options of the pretraining scripts; `defaults`: those that differ from MoCo's."""
-    parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=[600, 800])
+    parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
     add = parser.add_argument
     add(
         "--cos",
@@ -234,7 +235,7 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
     text = "over all processes of all machines (default: %(default)s)"
     add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help=text)
     add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
-    text = "epochs at which lr falls to a tenth (default: %(default)s)"
+    text = f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})"
     add("--schedule", type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
     add("--momentum", type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
     decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")

@@ -38,11 +38,20 @@ def main(
         description: the text of --help. method: its options and views, and how it is built; MoCo's unless given.
         defaults: of options, where they differ from MoCo's.
     """
-    args = options.pretrain_parser(description, method, **defaults).parse_args()
+    parser = options.pretrain_parser(description, method, **defaults)
+    args = parser.parse_args()
+    if args.cos and args.schedule is not options.SCHEDULE:
+        parser.error("--schedule has no effect with --cos, which is on: add --no-cos, or omit --schedule")
     launch.launch(partial(train, model_class, method, args), **options.launching(args))
 
 
 def train(model_class: type[nn.Module], method: options.Method, args: Namespace, device: torch.device) -> None:
+    """Trains, while no other run may use the output folder."""
+    with checkpoint.lock(args.output_dir, "log"):  # before its checkpoint is read: another run may be saving one
+        prepare(model_class, method, args, device)
+
+
+def prepare(model_class: type[nn.Module], method: options.Method, args: Namespace, device: torch.device) -> None:
     """Resolves the options, loads the images and the checkpoint to resume, and trains."""
     path = checkpoint.find(args.resume, args.output_dir, device)
     saved = checkpoint.load(path) if path else None
@@ -124,7 +133,9 @@ def fit(
             encoder.compile()
     network = distributed.parallel(model, device)
     log = logs.Log(args.output_dir, "log", COLUMNS, first_epoch)
-    introduce(args, device, model_class, split, steps, first_epoch, record.shown)
+    moments = (epoch + step / steps for epoch in range(args.epochs) for step in (0, steps - 1))  # its extremes
+    highest = max(method.learning_rate(moment, args) for moment in moments)
+    introduce(args, device, model_class, split, steps, first_epoch, record.shown, highest)
 
     network.train()
     with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
@@ -252,8 +263,16 @@ def average_statistics(*models: nn.Module | None) -> None:
 
 
 def introduce(
-    args: Namespace, device: torch.device, model_class: type[nn.Module], split: Split, steps: int, epoch: int, step: int
+    args: Namespace,
+    device: torch.device,
+    model_class: type[nn.Module],
+    split: Split,
+    steps: int,
+    epoch: int,
+    step: int,
+    highest: float,
 ) -> None:
+    """The lines before the first epoch. `highest`: the highest learning rate of the run."""
     processes = distributed.world_size()
     labelled, some = int((split.labels != UNLABELLED).sum()), ""
     if labelled < len(split) or args.labels_per_class is not None:
@@ -269,8 +288,11 @@ def introduce(
         say(f"going on with epoch {epoch}, step {step}")
     if args.groups == 1 and hasattr(args, "moco_k"):
         say("note: batch norm sees the whole batch, so there is no Shuffling BN: --bn-splits 2 reproduces two GPUs")
-    if args.warm_up >= args.epochs:
-        say(f"note: --warm-up {args.warm_up} takes all of the {args.epochs} epochs")
+    if 2 * args.warm_up > args.epochs:
+        say(
+            f"note: --warm-up {args.warm_up} takes {min(args.warm_up, args.epochs)} of the {args.epochs} epochs: the "
+            f"highest lr will be {highest:.4g}, --lr is {args.lr:g}"
+        )
 
 
 def describe(epoch: int, row: dict, args: Namespace) -> None:

@@ -1,6 +1,10 @@
-"""From a checkpoint to features and other formats."""
+"""From a checkpoint to features and other formats; one output folder, two runs; what a disk refuses."""
 
+import errno
+import fcntl
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -10,9 +14,10 @@ from torchvision import models
 from torchvision.transforms import functional as tv
 
 import moco
-from conftest import ROOT
+from conftest import ROOT, TINY, TINY_MOCO
 from moco import augment, batches, checkpoint, datasets, encoders, evaluate, inference
 from test_bad_input import refused
+from test_faults import start, until
 
 WORDS = "-a resnet20 --image-size 12 -b 8 --epochs 1 --seed 0"
 
@@ -156,3 +161,54 @@ def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     assert saved["confusion"].sum(1).tolist() == [5, 5]
     done = run("scripts/picture.py", tmp_path)
     assert done.status == 0 and Image.open(tmp_path / "picture.png").width > 1500, done.err
+
+
+def test_two_runs_in_one_folder(run, tmp_path, monkeypatch):
+    """The second one waits, and goes on when the first one has saved and ended; else it is refused."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 1)
+    words = [TINY_MOCO, "--views pil -j 1 --output-dir", tmp_path]  # a data-loading worker must not keep the lock
+    command = ["main_moco.py", *" ".join(map(str, words)).split()]
+    first = start(*command)
+    until(first, "epoch 0:")
+    refused(run("main_moco.py", *words, "--resume auto"), 1, f"process {first.pid} on ", tmp_path, "--output-dir")
+    linear = [TINY, "--epochs 1 --output-dir", tmp_path, "--pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    assert run("main_lincls.py", *linear).status == 0  # it writes other files
+    checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
+    first.kill()
+    first.communicate()
+    epoch = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["epoch"]
+    assert run("main_moco.py", *words, f"--epochs {epoch + 1} --resume auto").status == 0
+
+    monkeypatch.setattr(checkpoint, "PATIENCE", 60)
+    first = start(*command, "--resume", "auto")
+    until(first, "Epoch:")
+    sleep = checkpoint.time.sleep
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: (first.send_signal(signal.SIGTERM), sleep(seconds)))
+    done = run("main_moco.py", *words, "--epochs 1 --resume auto")
+    stopped = first.communicate()[0]
+    assert first.returncode == 143 and "stopped" in stopped
+    assert f"note: process {first.pid} on " in done.out and "nothing left to do" in done.out, done
+
+
+def test_a_file_system_without_locks(run, tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    done = run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    assert done.status == 0 and f"note: '{tmp_path}' cannot be locked (No locks available)" in done.out
+
+
+def test_a_schedule_that_has_no_effect_is_refused(run, tmp_path):
+    words = [TINY, "--epochs 2 --schedule 1 --output-dir", tmp_path]
+    refused(run("main_ce.py", *words), 2, "--schedule", "--no-cos")  # --cos is its default
+    refused(run("main_moco.py", *words, "--cos"), 2, "--schedule", "--no-cos")
+    assert run("main_ce.py", *words, "--no-cos").status == 0
+
+
+@pytest.mark.parametrize("warm_up, announced", [(1, False), (2, True), (9, True)])
+def test_a_warm_up_that_takes_most_epochs(warm_up, announced, run, tmp_path):
+    done = run("main_ce.py", TINY, f"--lr 0.8 --warm-up {warm_up} --epochs 3 --output-dir", tmp_path)
+    rates = [float(line.split("lr ")[1].split()[0]) for line in done.out.splitlines() if line.startswith("Epoch: [")]
+    assert (f"highest lr will be {max(rates):.4g}, --lr is 0.8" in done.out) == announced
+    assert announced or "highest lr" not in done.out

@@ -50,7 +50,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
     args = options.resolve_linear(args, device, source, saved, weights)
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
-    validation = load(False)
+    validation = load(False, classes=saved["options"].get("classes") if args.resume else None)
     if args.resume:
         checkpoint.compare_classes(saved["options"].get("classes"), validation.classes, source)
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))
@@ -63,13 +63,13 @@ def prepare(args: Namespace, device: torch.device) -> None:
 
     @torch.no_grad()
     def validate():
-        """Top-1 and top-5 accuracy on the validation images, in percent, and the confusion matrix."""
+        """What evaluate.accuracy says of the validation images."""
         if not validated:
             validated.extend([(backbone(batch), labels) for batch, labels in images])
         return evaluate.accuracy(encoder.fc, validated, len(validation.classes))
 
     if args.evaluate:
-        top1, top5, _ = validate()
+        top1, top5, *_ = validate()
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
         return
     if args.resume:
@@ -125,7 +125,7 @@ def train(
     device: torch.device,
     encoder: nn.Module,
     features: Callable[[Tensor], Tensor],
-    validate: Callable[[], tuple[float, float, Tensor]],
+    validate: Callable[[], tuple[float, float, Tensor, Tensor | None]],
     split: Split,
     source: str,
     saved: dict,
@@ -147,7 +147,7 @@ def train(
     )
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr, **sgd)
-    record, first_epoch, best, confusion = Record(len(batches), device), args.start_epoch, None, None
+    record, first_epoch, best, counts = Record(len(batches), device), args.start_epoch, None, None
     if args.resume:
         first_epoch, best = resume(saved, source, optimizer, record), saved["best"]
         if first_epoch < args.epochs:
@@ -190,7 +190,7 @@ def train(
             progress.close()
             row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
             save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(), row))
-            top1, top5, confusion = validate()
+            top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
                 best = dict(top1=top1, top5=top5, epoch=epoch)
@@ -207,8 +207,8 @@ def train(
     log.close()
     if best is None:
         raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
-    if confusion is not None:
-        say(evaluate.worst_classes(confusion, split.classes))
+    if counts is not None:
+        say(evaluate.worst_classes(counts, split.classes))
     say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
 
 

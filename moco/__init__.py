@@ -19,7 +19,8 @@ def load_encoder(
         path: a checkpoint of this project or of MoCo, or a file of pretrained/. device: where the encoder goes.
     Returns:
         encoder: in eval mode, (N, 3, H, W) float -> (N, width) float32 features, not normalised.
-        preprocess: a PIL image of any size and mode -> its (3, size, size) float32 input, on the CPU.
+        preprocess: a PIL image of any size -> its (3, size, size) float32 input, on the CPU. ValueError for one of
+            more than 8 bits a channel (modes I and F): scale it to 8 bits first.
     Raises:
         UsageError: no such file. RunError: it is damaged or holds no ResNet.
     """

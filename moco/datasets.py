@@ -5,6 +5,7 @@ Small images of one size live in memory, on the device that trains, as one uint8
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.errors import RunError, UsageError
+from moco.logs import say
 from moco.losses import UNLABELLED
 
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -29,7 +31,10 @@ STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "digits": ((0.3054,) * 3, (0.3753,) * 3),
 }
+SPLITS = ("train", "val", "test")  # folders of an image folder; val/ or test/ alone can be evaluated
 VALIDATION_DIGITS = 360  # the last of the 1,797: other writers than the first ones
+# Suffixes of pictures that torchvision's image folders do not take.
+OTHER_PICTURES = {".gif", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".svg"}
 LARGEST_SIDE = 96  # images up to this size are kept in memory ...
 LARGEST_DATASET = 8 << 30  # ... as long as all of them take fewer bytes than this
 
@@ -129,7 +134,7 @@ def candidates(folder: str | Path) -> list[str]:
     """The data sets that are in a folder, or can be downloaded to it because it is empty; none if it is not a folder."""
     if not Path(folder).is_dir():
         return []
-    if Path(folder, "train").is_dir():
+    if any(Path(folder, split).is_dir() for split in SPLITS):
         return ["imagefolder"]
     files = {
         "cifar10": {"cifar-10-batches-py", "cifar-10-python.tar.gz"},
@@ -149,6 +154,7 @@ def load(
     labels_per_class: int | None = None,
     unlabelled: bool = False,
     in_memory: bool = True,
+    classes: list[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Split:
     """The training or the validation images of a data set.
@@ -160,12 +166,13 @@ def load(
         labels_per_class: number of these that keep their label; the others get -1.
         unlabelled: also train on an image folder's unlabelled/, with label -1.
         in_memory: keep small images of one size on the device, as a tensor.
+        classes: of an image folder without train/; None: its own class folders.
     """
     source = train or holdout > 0  # is it cut from the training images?
     if name == "digits":
         split = digits(source)
     elif name == "imagefolder":
-        split = image_folder(folder, source, in_memory, unlabelled and train)
+        split = image_folder(folder, source, unlabelled and train, classes)
     else:
         split = cifar(name, folder, source)
     if holdout:
@@ -177,6 +184,8 @@ def load(
         split = split.of_each_class(slice(per_class), unlabelled)
     if train and labels_per_class is not None:
         split = split.with_labels(labels_per_class)
+    if in_memory and split.paths is not None:
+        split.images = decode(split.paths, "train" if source else "val")
     if in_memory and split.images is not None:
         if split.paths is not None and not fits(split.images.nbytes, torch.device(device)):
             split.images = None  # they stay in their files
@@ -230,8 +239,11 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     return Split(torch.tensor(data.targets), data.classes, images)
 
 
-def image_folder(folder: str, train: bool, in_memory: bool = True, unlabelled: bool = False) -> Split:
-    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class. With `unlabelled` FOLDER/unlabelled, too."""
+def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on: list[str] | None = None) -> Split:
+    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class. With `unlabelled` FOLDER/unlabelled, too.
+
+    `trained_on`: the classes, where there is no train/ folder to say them; some of them may have no image.
+    """
     if train:
         root = Path(folder, "train")
         if not root.is_dir():
@@ -240,28 +252,35 @@ def image_folder(folder: str, train: bool, in_memory: bool = True, unlabelled: b
         root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
         if root is None:
             raise UsageError(f"'{folder}' has no validation images: neither val/ nor test/ is there")
-    classes = class_folders(root)
-    if not train and (missing := set(classes) ^ set(class_folders(Path(folder, "train")))):
-        raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(images_below(root / name))
+    classes = here = class_folders(root)
+    if not train and Path(folder, "train").is_dir():
+        if missing := set(here) ^ set(class_folders(Path(folder, "train"))):
+            raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
+    elif trained_on:
+        classes = trained_on
+        if missing := set(here) - set(classes):
+            raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing))}")
+    paths, labels, skipped = [], [], Counter()
+    for name in here:
+        found = sorted(images_below(root / name, skipped))
         if not found:
             raise UsageError(f"class folder '{root / name}' holds no image ({' '.join(IMG_EXTENSIONS)})")
         paths += found
-        labels += [label] * len(found)
+        labels += [classes.index(name)] * len(found)
+    announce(skipped, root)
     if unlabelled and Path(folder, "unlabelled").is_dir():
         found = images_without_label(folder, paths)
         paths += found
         labels += [UNLABELLED] * len(found)
-    images = decode(paths, root.name) if in_memory else None
-    return Split(torch.tensor(labels), classes, images, paths)
+    return Split(torch.tensor(labels), classes, paths=paths)
 
 
 def images_without_label(folder: str, train: list[str]) -> list[str]:
     """Paths of the images in FOLDER/unlabelled and below it; UsageError if one is among those of `train`."""
     root = os.path.join(folder, "unlabelled")
-    found = sorted(images_below(os.path.join(root, "")))
+    skipped = Counter()
+    found = sorted(images_below(os.path.join(root, ""), skipped))
+    announce(skipped, root)
     if not found:
         raise UsageError(f"'{root}' holds no image ({' '.join(IMG_EXTENSIONS)})")
     labelled = {identity(path): path for path in train}
@@ -287,8 +306,8 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def images_below(root: str | Path) -> Iterator[str]:
-    """Paths of the images in a class folder and below it.
+def images_below(root: str | Path, skipped: Counter | None = None) -> Iterator[str]:
+    """Paths of the images in a class folder and below it. `skipped` counts the suffixes of other pictures.
 
     Links to folders inside the split or around it are not followed: they would repeat images, or never end.
     """
@@ -303,6 +322,15 @@ def images_below(root: str | Path) -> Iterator[str]:
                 seen.add(real)
         inside[:] = followed
         yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
+        if skipped is not None:
+            skipped.update(suffix for name in files if (suffix := os.path.splitext(name)[1].lower()) in OTHER_PICTURES)
+
+
+def announce(skipped: Counter, root: str | Path) -> None:
+    """A note on the pictures that `images_below` has counted and not taken."""
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        say(f"note: skipped in '{root}': {kinds} (convert them to one of {' '.join(IMG_EXTENSIONS)})")
 
 
 def open_image(path: str, alone: bool = True) -> Image.Image:

@@ -15,6 +15,7 @@ from moco import augment, distributed
 from moco.batches import Centres
 from moco.datasets import Split
 
+LARGEST_CONFUSION = 1000  # classes of a confusion matrix: its size is their square, and every checkpoint has it
 QUERIES = 1000  # of the kNN vote at a time
 FULL_BYTES = 1 << 30  # of a bank in float32: a larger one is kept in float16
 PART_BYTES = 256 << 20  # of the bank in float32 and of its similarities at a time
@@ -30,28 +31,34 @@ def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 @torch.no_grad()
 def accuracy(
     network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: int
-) -> tuple[float, float, Tensor]:
-    """Top-1 and top-5 in percent of a network that gives scores (N, classes); and the confusion matrix.
+) -> tuple[float, float, Tensor, Tensor | None]:
+    """Top-1 and top-5 in percent of a network that gives scores (N, classes), each class's, and the confusion matrix.
 
     Args:
         batches: this process's inputs and their labels (N,); every process has as many, some may be empty.
     Returns:
-        The matrix is (classes, classes) int64 on the CPU: how many of class i have their highest score at class j.
+        top-1; top-5; (2, classes) int64 on the CPU: how many images of each class are right at top-1, and how many there
+        are; (classes, classes) int64 on the CPU: how many of class i have their highest score at class j, or None
+        where there are more than LARGEST_CONFUSION classes.
     """
-    hits = pairs = 0
+    hits = counts = pairs = 0
     for inputs, labels in batches:
         scores = network(inputs)
         hits = hits + topk_hits(scores, labels)
-        pairs = pairs + (labels * classes + scores.argmax(1)).bincount(minlength=classes * classes)
-    pairs = distributed.all_sum(pairs)
-    top1, top5 = (100 * distributed.all_sum(hits).double() / pairs.sum()).tolist()
-    return top1, top5, pairs.view(classes, classes).cpu()
+        best = scores.argmax(1)
+        right_and_all = (labels[best == labels], labels)
+        counts = counts + torch.stack([some.bincount(minlength=classes) for some in right_and_all])
+        if classes <= LARGEST_CONFUSION:
+            pairs = pairs + (labels * classes + best).bincount(minlength=classes * classes)
+    counts = distributed.all_sum(counts)
+    top1, top5 = (100 * distributed.all_sum(hits).double() / counts[1].sum()).tolist()
+    confusion = distributed.all_sum(pairs).view(classes, classes).cpu() if classes <= LARGEST_CONFUSION else None
+    return top1, top5, counts.cpu(), confusion
 
 
-def worst_classes(confusion: Tensor, classes: Sequence[str], count: int = 3) -> str:
-    """The classes of lowest top-1 accuracy, as a line; a class without images is left out."""
-    images = confusion.sum(1)
-    rates = [(100 * int(confusion[i, i]) / int(images[i]), name) for i, name in enumerate(classes) if images[i]]
+def worst_classes(counts: Tensor, classes: Sequence[str], count: int = 3) -> str:
+    """The classes of lowest top-1 accuracy, as a line; `counts`: see `accuracy`; a class without images is left out."""
+    rates = [(100 * right / all, name) for right, all, name in zip(*counts.tolist(), classes, strict=True) if all]
     return "worst classes: " + ", ".join(f"{name} {rate:.1f}" for rate, name in sorted(rates)[:count])
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -21,7 +22,8 @@ def say(text: str) -> None:
     if distributed.rank() != 0:
         return
     try:
-        tqdm.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # names of classes and files can be anything
         sys.stdout.flush()
     except OSError as error:
         # What is still buffered must go somewhere when the interpreter ends.
@@ -113,6 +115,7 @@ class Log:
         self.rows = [row for row in read(self.path) if int(row["epoch"]) < first_epoch]
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+        threading.excepthook = all_but_os_errors
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if first_epoch:
@@ -147,6 +150,12 @@ class Log:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def all_but_os_errors(error: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread's error, unless TensorBoard's thread has met the full disk that `Log` reports."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def rounded(value: float | None) -> str:

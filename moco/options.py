@@ -2,9 +2,12 @@
 
 import argparse
 import math
+import os
 import sys
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ from torch import nn
 
 from moco import augment, checkpoint, datasets, distributed, logs
 from moco.epoch import moco_learning_rate, supcon_learning_rate
-from moco.errors import UsageError, one_line
+from moco.errors import RunError, UsageError, one_line
 from moco.launch import DIST_URL
 
 LARGEST = 2**31 - 1  # of a whole number
@@ -282,12 +285,40 @@ def data_options(add: Callable) -> None:
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
 
 
-def check_output(path: Path, force: bool) -> None:
-    """UsageError: a program's output exists, or its folder does not."""
-    if path.exists() and not force:
-        raise UsageError(f"'{path}' exists: choose another name, or add --force")
+def check_output(path: Path, force: bool, suffixes: Collection[str] = ()) -> None:
+    """A program's output can be written, tried before the work; it has one of the suffixes, where some are named.
+
+    Raises:
+        UsageError: it exists or is a folder, its folder does not exist, or it has another suffix. RunError: a full or
+            read-only disk.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"unknown suffix of '{path}': it is one of {', '.join(sorted(suffixes))}")
+    if path.exists() and not (force and path.is_file()):
+        how = "choose another name, or add --force" if path.is_file() else "it is not a file"
+        raise UsageError(f"'{path}' exists: {how}")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder '{path.parent}' for '{path.name}'")
+    with writing(path), tempfile.TemporaryFile(dir=path.parent) as file:
+        file.write(bytes(4096))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name next to `path`; what is there in the end gets its name. RunError: the disk refuses.
+
+    After any error nothing is left behind, and what `path` was before is intact.
+    """
+    tmp = path.with_name(f".{os.getpid()}{path.name}")
+    try:
+        yield tmp
+        if tmp.exists():
+            os.replace(tmp, path)
+    except OSError as error:
+        raise RunError(f"'{path}' cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 
 def launching(args: Namespace) -> dict:

@@ -217,7 +217,7 @@ def measure(
             network = lambda images: model.scores(F.normalize(features(images), dim=1))  # noqa: E731
         centre = replace(centre, crop=False) if model.classifies else centre
         images = Centres(validation, centre, args.batch_size, device, args.workers)
-        found["top1"], found["top5"], _ = evaluate.accuracy(network, images, len(validation.classes))
+        found["top1"], found["top5"] = evaluate.accuracy(network, images, len(validation.classes))[:2]
     return found
 
 

@@ -10,7 +10,7 @@ The input is an image as `moco.load_encoder`'s `preprocess` makes it. `fc` is th
 
 import argparse
 import copy
-import os
+import io
 import warnings
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from moco import inference, launch, options
 from moco.errors import RunError, UsageError
+from moco.logs import say
 
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
@@ -47,42 +48,37 @@ def main():
         check(args.out, args.force)
         network, centre, classes = inference.load(args.checkpoint)
         images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
-        tmp = args.out.with_name(f".{os.getpid()}{args.out.suffix}")
-        try:
-            worst = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix](
-                network, images, tmp
-            )
-            os.replace(tmp, args.out)
-        except OSError as error:
-            raise RunError(f"'{args.out}' cannot be written: {error.strerror}") from None
-        finally:
-            tmp.unlink(missing_ok=True)
+        export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
+        with options.writing(args.out) as tmp:
+            worst = export(network, images, tmp)
         what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
-        print(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
+        say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
     except (UsageError, RunError) as error:
         launch.report_and_exit(error)
 
 
 def check(out: Path, force: bool) -> None:
-    if out.suffix not in NEEDS:
-        raise UsageError(f"unknown suffix of '{out}': it is one of {', '.join(NEEDS)}")
-    for name in NEEDS[out.suffix]:
+    for name in NEEDS.get(out.suffix.lower(), []):
         try:
             __import__(name)
         except ImportError:
             raise UsageError(f'{out.suffix} needs {name}: pip install -e ".[export]"') from None
-    options.check_output(out, force)
+    options.check_output(out, force, NEEDS)
 
 
 def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:
-    torch.save(network.state_dict(), path)
+    content = (
+        io.BytesIO()
+    )  # written as bytes below: torch, safetensors and ONNX have errors of their own for a full disk
+    torch.save(network.state_dict(), content)
+    path.write_bytes(content.getbuffer())
     return compared(network, images, torch.load(path, weights_only=True))
 
 
 def to_safetensors(network: nn.Module, images: torch.Tensor, path: Path) -> float:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    path.write_bytes(save({name: value.contiguous() for name, value in network.state_dict().items()}))
     return compared(network, images, load_file(path))
 
 
@@ -106,17 +102,16 @@ def to_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
     network = FeaturesAndLogits(network).eval()
     names = ["features"] if isinstance(network.classifier, nn.Identity) else ["features", "logits"]
     with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             (images,),
-            str(path),
             input_names=["images"],
             output_names=names,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
+    path.write_bytes(program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch in (images, images[:1]):

@@ -4,6 +4,8 @@
     python scripts/extract.py CHECKPOINT data/ --split train --out train.npz
     python scripts/extract.py CHECKPOINT photos/ --out photos.npz              # any folder of images, however nested
 
+A folder with class folders in train/, val/ or test/ is a data set; --dataset folder takes all images in it and below.
+
 The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64, -1 where there is none; `paths` (N,),
 files relative to the folder, or the images' numbers.
 """
@@ -11,6 +13,7 @@ files relative to the folder, or the images' numbers.
 import argparse
 import os
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from tqdm import tqdm
 from moco import datasets, inference, launch, options
 from moco.batches import Centres
 from moco.errors import RunError, UsageError
+from moco.logs import say
 from moco.losses import UNLABELLED
 
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
@@ -35,7 +39,8 @@ def main():
     add("checkpoint", metavar="CHECKPOINT", help="of this project or of MoCo, or a file of pretrained/")
     add("data", nargs="?", metavar="DATA", help="data folder as for training, or any folder of images")
     add("--out", type=Path, required=True, metavar="FILE.npz", help="where the features go")
-    add("--dataset", choices=options.DATASETS, default="auto", help="as for training; digits needs no DATA")
+    text = "as for training, or folder: all images in DATA and below it, without labels; digits needs no DATA"
+    add("--dataset", choices=(*options.DATASETS, "folder"), default="auto", help=text)
     add("--split", choices=("train", "val"), help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
     text = "data-loading workers, for images in files (default: %(default)s)"
@@ -45,9 +50,12 @@ def main():
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
     try:
-        for path in (args.out, args.picture):
-            if path:
-                options.check_output(path, args.force)
+        options.check_output(args.out, args.force)
+        if args.picture:
+            Image.init()
+            options.check_output(
+                args.picture, args.force, {s for s, kind in Image.EXTENSION.items() if kind in Image.SAVE}
+            )
         if args.neighbours and not args.picture:
             raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
         split, paths = images(args)
@@ -58,11 +66,19 @@ def main():
 
 def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
-    there = args.dataset == "auto" and args.data is not None and Path(args.data).is_dir()
-    if there and not (os.listdir(args.data) and datasets.candidates(args.data)):  # no data set: a folder of images
+    there = args.data is not None and Path(args.data).is_dir()
+    if args.dataset == "folder" and not there:
+        raise UsageError(
+            "--dataset folder: name the folder, after the checkpoint"
+            if args.data is None
+            else f"'{args.data}' is not a folder"
+        )
+    if args.dataset == "folder" or (args.dataset == "auto" and there and not is_data_set(args.data)):
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
-        found = sorted(datasets.images_below(args.data))
+        skipped = Counter()
+        found = sorted(datasets.images_below(args.data, skipped))
+        datasets.announce(skipped, args.data)
         if not found:
             raise UsageError(f"'{args.data}' holds no image")
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
@@ -74,31 +90,35 @@ def images(args) -> tuple[datasets.Split, list[str]]:
     return split, [os.path.relpath(path, args.data) for path in split.paths]
 
 
+def is_data_set(folder: str) -> bool:
+    """Are there class folders in train/, val/ or test/, or is it CIFAR's?"""
+    inside = [Path(folder, split) for split in datasets.SPLITS if Path(folder, split).is_dir()]
+    if inside:
+        return any(entry.is_dir() for path in inside for entry in path.iterdir())
+    return bool(os.listdir(folder) and datasets.candidates(folder))
+
+
 def extract(args, split: datasets.Split, paths: list[str], device: torch.device) -> None:
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        features, done = None, 0
-        with torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
+    with options.writing(args.out) as tmp, tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+        raw, width = Path(folder, "features"), None  # on disk: there may be more of them than fit into memory
+        with open(raw, "wb") as file, torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
             for batch, _ in Centres(split, centre, args.batch_size, device, args.workers):
                 found = encoder(batch).float().cpu().numpy()
-                if features is None:  # on disk: there may be more of them than fit into memory
-                    shape = (len(split), found.shape[1])
-                    features = np.lib.format.open_memmap(Path(folder, "features.npy"), "w+", np.float32, shape=shape)
-                features[done : done + len(found)] = found
-                done += len(found)
+                file.write(np.ascontiguousarray(found))  # not into a map: on a full disk that ends the process
+                width = found.shape[1]
                 bar.update(len(found))
-        try:
-            tmp = Path(folder, "out.npz")
-            np.savez(tmp, features=features, labels=split.labels.numpy(), paths=np.array(paths))
-            os.replace(tmp, args.out)
-        except OSError as error:
-            raise RunError(f"'{args.out}' cannot be written: {error.strerror}") from None
-        print(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
+        features = np.memmap(raw, np.float32, "r", shape=(len(split), width))
+        with open(tmp, "wb") as file:
+            np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))
         if args.picture:
-            sheet(split, features, args.neighbours or 8).save(args.picture)
-            print(args.picture)
+            with options.writing(args.picture) as picture:
+                sheet(split, features, args.neighbours or 8).save(picture)
+    say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
+    if args.picture:
+        say(f"{args.picture}")
 
 
 def sheet(split: datasets.Split, features: np.ndarray, neighbours: int, rows: int = 10) -> Image.Image:

@@ -3,6 +3,7 @@
 python scripts/picture.py RUN [DATA]        # RUN/picture.png, from the logs and checkpoint_last.pth.tar in RUN
 """
 
+import os
 from pathlib import Path
 
 import matplotlib
@@ -10,10 +11,12 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.manifold import TSNE
 
 from moco import checkpoint, datasets, evaluate, inference, launch, logs, options
 from moco.errors import RunError, UsageError
+from moco.logs import say
 
 LINEAR = "linear_last.pth.tar"
 
@@ -26,10 +29,9 @@ def main():
     args = parser.parse_args()
     try:
         out = args.out or args.run / "picture.png"
-        if not out.parent.is_dir():
-            raise UsageError(f"there is no folder '{out.parent}' for the picture")
+        options.check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
         draw(args.run, args.data, out)
-        print(out)
+        say(f"{out}")
     except (UsageError, RunError) as error:
         launch.report_and_exit(error)
 
@@ -49,7 +51,8 @@ def draw(run, folder, out):
     axes["map"].set_title("validation images: t-SNE of the frozen features")
     if confusion is not None:
         matrix(axes["confusion"], confusion, classes)
-    figure.savefig(out, dpi=110)
+    with options.writing(out) as tmp:
+        figure.savefig(tmp, dpi=110, format=out.suffix[1:].lower())
     plt.close(figure)
 
 
@@ -83,14 +86,18 @@ def embedding(run, folder=None, most=2000):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     device = launch.choose_device()
     holdout = args.get("holdout", 0)
-    split = datasets.load(args["dataset"], folder or args["data"], False, holdout=holdout, device=device)
+    folder = folder or args["data"]
+    if args["dataset"] != "digits" and not Path(folder).is_dir():
+        raise UsageError(f"the data folder '{folder}' does not exist: name it, after {run}")
+    split = datasets.load(args["dataset"], folder, False, holdout=holdout, classes=args.get("classes"), device=device)
     network, centre, _ = inference.load(path)
     features, labels = evaluate.extract(evaluate.frozen(network.to(device)), split, centre)
     if len(features) > most:
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
         features, labels = features[chosen], labels[chosen]
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
-    return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), split.classes
+    names = [os.fsencode(name).decode(errors="replace") for name in split.classes]  # as matplotlib can draw them
+    return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), names
 
 
 def scatter(axes, points, labels, classes, legend=True):

@@ -463,7 +463,7 @@ def test_precision_and_compile_are_taken(run, tmp_path):
 def test_holdout(run, folder, tmp_path):
     """The last images of each class validate and are not trained on; no validation folder is read."""
     place = folder(train=6)
-    whole = datasets.image_folder(place, True)
+    whole = datasets.load("imagefolder", place, True)
     train, validation = (datasets.load("imagefolder", place, part, holdout=2) for part in (True, False))
     assert train.paths == whole.paths[:4] + whole.paths[6:10] and train.labels.tolist() == [0] * 4 + [1] * 4
     assert validation.paths == whole.paths[4:6] + whole.paths[10:] and validation.labels.tolist() == [0, 0, 1, 1]

@@ -4,7 +4,11 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -155,8 +159,8 @@ def test_export_to_torchvision_and_timm(run, tmp_path):
 
 
 def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
-    confusion = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
-    assert evaluate.worst_classes(confusion, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
+    counts = torch.tensor([[8, 5, 0], [10, 10, 0]])
+    assert evaluate.worst_classes(counts, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
     saved = checkpoint.load(tmp_path / "linear_last.pth.tar")
     assert saved["confusion"].sum(1).tolist() == [5, 5]
     done = run("scripts/picture.py", tmp_path)
@@ -212,3 +216,196 @@ def test_a_warm_up_that_takes_most_epochs(warm_up, announced, run, tmp_path):
     rates = [float(line.split("lr ")[1].split()[0]) for line in done.out.splitlines() if line.startswith("Epoch: [")]
     assert (f"highest lr will be {max(rates):.4g}, --lr is 0.8" in done.out) == announced
     assert announced or "highest lr" not in done.out
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of its own: of a megabyte, or read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True)
+        if done.returncode:
+            pytest.skip("it takes root to mount a file system")
+        return place
+
+    yield mount
+    subprocess.run(["umount", place], capture_output=True)
+
+
+@pytest.mark.parametrize("options, says", [("size=1m", "No space left"), ("ro", "Read-only file system")])
+def test_a_disk_that_refuses(options, says, run, trained, folder, small_disk, tmp_path):
+    """One line, nothing left behind; a read-only disk is met before the work, a full one by its first page."""
+    data, last, _ = trained
+    disk = small_disk(options)
+    free = shutil.disk_usage(disk).free
+    outputs = [("export.py", last, disk / f"e.{suffix}") for suffix in ("pth", "safetensors", "onnx")]
+    outputs += [("picture.py", tmp_path, "--out", disk / "p.png")]
+    many = "--dataset digits --split train"  # 368 kB of features, twice while they become a file
+    outputs += [("extract.py", last, many, "--out", disk / "f.npz")]
+    outputs += [("extract.py", last, data, "--out", tmp_path / "f.npz", "--picture", disk / "p.png", "--force")]
+    for how in ("full", "nearly full"):
+        if options != "ro":
+            (disk / "filler").write_bytes(bytes(free if how == "full" else free - 40_000))
+        for script, *words in outputs:
+            refused(run(f"scripts/{script}", *words), 1, says, disk)
+            assert {path.name for path in disk.iterdir()} <= {"filler"}
+
+
+def test_extract_on_a_disk_that_fills_up(trained, small_disk):
+    """In a process of its own: it was ended by SIGBUS."""
+    disk = small_disk("size=200k")
+    done = start(
+        "scripts/extract.py", str(trained[1]), *["--dataset", "digits", "--split", "train", "--out"], f"{disk}/f.npz"
+    )
+    out = done.communicate()[0]
+    assert done.returncode == 1 and "f.npz' cannot be written: No space left on device" in out, out
+    assert "Traceback" not in out and not list(disk.iterdir())
+
+
+def test_a_log_on_a_full_disk(run, tmp_path, small_disk):
+    """TensorBoard's thread meets it, too, and must not print a traceback after our line."""
+    disk = small_disk("size=600k")
+    (disk / "out").mkdir()
+    filler = disk / "filler"
+    log = (
+        "import sys, time\nfrom moco import logs\nfrom moco.errors import RunError\n"
+        f"log = logs.Log('{disk}/out', 'log', ['epoch', 'loss'])\n"
+        f"try:\n    with open('{filler}', 'wb') as file: file.write(bytes(1 << 20))\nexcept OSError: pass\n"
+        "try:\n    for epoch in range(1000): log.add(epoch, loss=1.0)\n"
+        "except RunError as error: print('error:', error, file=sys.stderr)\n"
+        "log.writer.file_writer.event_writer._async_writer._worker._next_flush_time = 0\n"
+        "log.writer.add_scalar('loss', 1.0, 1) if sys.argv[1:] else time.sleep(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", log], capture_output=True, text=True, timeout=100)
+    assert "error: " in done.stderr and "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path, monkeypatch):
+    name = os.fsdecode(b"caf\xe9")
+    data = folder("odd", train=4, val=4, classes=(name, "dog"))
+    command = [
+        "main_lincls.py",
+        *["-b", "4", "--epochs", "1", "--pretrained"],
+        str(trained[1]),
+        "--output-dir",
+        str(tmp_path),
+    ]
+    linear = start(*command, str(data), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    out = linear.communicate()[0]
+    assert linear.returncode == 0 and "result: top1=" in out and "worst classes: " in out, out
+    words = "-a resnet20 --image-size 12 -b 4 --epochs 1 --moco-k 16 --output-dir"
+    assert run("main_moco_in.py", words, tmp_path / "run", data).status == 0
+    done = run("scripts/picture.py", tmp_path / "run")
+    assert done.status == 0, done.err
+
+
+def test_a_folder_with_val_alone(run, trained, folder, tmp_path):
+    """It is evaluated; its classes are the checkpoint's, even where some have no folder."""
+    data, last, best = trained
+    whole = run("main_lincls.py", "-e --resume", best, data).out
+    shutil.copytree(data / "val", tmp_path / "alone/val")
+    alone = tmp_path / "alone"
+    assert run("main_lincls.py", "-e --resume", best, alone).out.splitlines()[-1] == whole.splitlines()[-1]
+    assert run("scripts/extract.py", last, alone, "--out", tmp_path / "alone.npz").status == 0
+    assert np.load(tmp_path / "alone.npz")["labels"].tolist() == [0] * 5 + [1] * 5
+    assert run("scripts/picture.py", tmp_path, alone).status == 0
+    shutil.rmtree(alone / "val/cat")
+    split = datasets.load("imagefolder", alone, False, classes=["cat", "dog"])
+    assert split.labels.tolist() == [1] * 5 and split.classes == ["cat", "dog"]
+    assert run("main_lincls.py", "-e --resume", best, alone).status == 0
+    assert run("scripts/picture.py", tmp_path, alone).status == 0
+    os.rename(alone / "val/dog", alone / "val/wolf")
+    refused(run("main_lincls.py", "-e --resume", best, alone), 2, "not trained on", "wolf")
+    refused(run("main_moco.py", WORDS, "--output-dir", tmp_path / "o", alone), 2, "has no train/ folder")
+
+
+def test_names_of_outputs(run, trained, tmp_path, monkeypatch):
+    data, last, _ = trained
+    refused(
+        run("scripts/extract.py", last, data, "--out", tmp_path / "f.npz --picture", tmp_path / "sheet"), 2, "suffix"
+    )
+    refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "p.xyz"), 2, "suffix", ".png")
+    refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "a1"), 2, "suffix")
+    assert not (tmp_path / "f.npz").exists()
+    saved = torch.load(last, weights_only=True)
+    saved["options"]["data"] = "data"
+    torch.save(saved, tmp_path / "elsewhere.pth.tar")
+    os.replace(tmp_path / "elsewhere.pth.tar", last)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    refused(run("scripts/picture.py", tmp_path), 2, "data folder 'data' does not exist")
+
+
+def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):
+    data, opened = folder(train=8, val=5), []
+    monkeypatch.setattr(
+        datasets, "open_image", lambda *words, f=datasets.open_image, **more: opened.append(1) or f(*words, **more)
+    )
+    split = datasets.load("imagefolder", data, True, per_class=2)
+    assert split.images.shape == (4, 3, 12, 12) and len(opened) <= 5
+
+
+def test_many_classes_have_no_confusion_matrix():
+    classes = 10_000
+    labels = torch.arange(classes)
+    scores = torch.eye(classes)[labels.roll(0)]
+    scores[0] = scores[1]
+    batches = [(scores[:600], labels[:600]), (scores[600:], labels[600:])]
+    top1, _, counts, confusion = evaluate.accuracy(lambda x: x, batches, classes)
+    assert confusion is None and counts.shape == (2, classes)
+    assert top1 == pytest.approx(100 * (classes - 1) / classes) and counts[:, :2].tolist() == [[0, 1], [1, 1]]
+    few = evaluate.accuracy(lambda x: x, [(torch.eye(3)[[0, 1, 1]], torch.arange(3))], 3)
+    assert few[2].tolist() == [[1, 1, 0], [1, 1, 1]] and few[3].tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_skipped_pictures_are_counted(run, trained, folder, tmp_path):
+    data, last, _ = trained
+    for name in ("a.gif", "b.GIF", "c.avif", "d.jfif", "readme.txt"):
+        (data / "train/cat" / name).touch()
+    done = run("main_moco.py", WORDS, "--output-dir", tmp_path / "out", data)
+    assert done.status == 0 and f"note: skipped in '{data / 'train'}': 1 .avif, 2 .gif, 1 .jfif" in done.out, done.out
+    done = run("scripts/extract.py", last, data / "train/cat", "--out", tmp_path / "cat.npz")
+    assert done.status == 0 and "1 .avif, 2 .gif, 1 .jfif" in done.out
+
+
+def test_photos_of_trains(run, trained, tmp_path):
+    """A plain folder may have a subfolder train/."""
+    _, last, _ = trained
+    for name in ("train/1.png", "car/2.png", "3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "photos" / name)
+    words = ["scripts/extract.py", last, tmp_path / "photos", "--out", tmp_path / "photos.npz"]
+    done = run(*words)
+    assert done.status == 0 and set(np.load(words[-1])["paths"]) == {"train/1.png", "car/2.png", "3.png"}, done.err
+    (tmp_path / "photos/train/red").mkdir()
+    (tmp_path / "photos/train/1.png").rename(tmp_path / "photos/train/red/1.png")
+    refused(run(*words, "--force"), 2, "neither val/ nor test/")
+    assert run(*words, "--force --dataset folder").status == 0
+    assert set(np.load(words[-1])["paths"]) == {"train/red/1.png", "car/2.png", "3.png"}
+
+
+def test_deep_images_are_refused_by_preprocess(trained):
+    _, preprocess = moco.load_encoder(trained[1])
+    for mode in ("I", "F", "I;16"):
+        with pytest.raises(ValueError, match="more than 8 bits"):
+            preprocess(Image.new(mode, (20, 20)))
+    assert "ValueError" in moco.load_encoder.__doc__ and "ValueError" in (ROOT / "docs/use.md").read_text()
+
+
+def test_the_sdist_has_what_the_tests_need(tmp_path):
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    files = [name for name in files.stdout.splitlines() if (ROOT / name).is_file()]
+    for name in files:
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "src" / name)
+    build = "import setuptools.build_meta as b; print(b.build_sdist('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "src", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "src" / done.stdout.splitlines()[-1]) as archive:
+        there = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in files if not name.startswith(".")} <= there

@@ -16,7 +16,8 @@ def load_encoder(
     """The encoder in a checkpoint, and the preprocessing that its evaluation uses.
 
     Args:
-        path: a checkpoint of this project or of MoCo, or a file of pretrained/. device: where the encoder goes.
+        path: a checkpoint of this project, MoCo or SupContrast, a file of pretrained/, or a state dict of torchvision's
+            or timm's ResNets (.pth, .safetensors). device: where the encoder goes.
     Returns:
         encoder: in eval mode, (N, 3, H, W) float -> (N, width) float32 features, not normalised.
         preprocess: a PIL image of any size -> its (3, size, size) float32 input, on the CPU. ValueError for one of

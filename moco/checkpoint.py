@@ -12,6 +12,7 @@ import socket
 import time
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moco import distributed
+from moco import distributed, encoders
 from moco.errors import RunError, UsageError
 from moco.logs import say
 
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
+COUNTER = ".num_batches_tracked"
 PATIENCE = (
     20  # seconds to wait for another run to leave the output folder: a requeued job meets the old one's last save
 )
@@ -206,30 +208,53 @@ def check_finite(state_dict: dict, when: str) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """The checkpoint's dict, on the CPU; `options` is always there.
+    """The checkpoint's dict, on the CPU; `state_dict` and `options` are always there.
+
+    It may also be a bare state dict, as torchvision and timm have them (.pth, .safetensors) and export.py writes them,
+    or SupContrast's dict, whose state dict is `model`.
 
     Raises:
-        UsageError: no such file. RunError: it is truncated, no checkpoint, or holds code.
+        UsageError: no such file. RunError: it is truncated, not a checkpoint, or holds code.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
-    checkpoint = read(path)
+    checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read(path)
+    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
+        checkpoint = {"state_dict": dict(checkpoint)}
+    elif isinstance(checkpoint, dict) and "state_dict" not in checkpoint and isinstance(checkpoint.get("model"), dict):
+        checkpoint["state_dict"] = checkpoint.pop("model")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise RunError(f"'{path}' is no checkpoint: it has no state_dict")
+        raise RunError(f"'{path}' is not a checkpoint: it has no state_dict")
     for name, value in checkpoint["state_dict"].items():
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain:
-            raise RunError(f"'{path}' is no checkpoint: {name} of its state_dict is no plain tensor")
+            raise RunError(f"'{path}' is not a checkpoint: {name} of its state_dict is not a plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
-    if not isinstance(checkpoint.get("options"), dict):  # of MoCo's own there are none
+    if not isinstance(checkpoint.get("options"), dict):  # only this project's have them
         checkpoint["options"] = {}
     return checkpoint
 
 
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file; RunError: it is damaged."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UsageError('.safetensors needs safetensors: pip install -e ".[export]"') from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RunError(f"'{path}' cannot be read as .safetensors: {str(error).splitlines()[0]}") from None
+
+
 def read(path: Path) -> object:
-    """What torch.save wrote, plain values only; RunError: the file is damaged or something else."""
+    """What torch.save wrote, plain values only; RunError: the file is damaged or something else.
+
+    An argparse.Namespace is plain, too: SupContrast's, torchvision's and timm's training scripts save theirs.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -238,14 +263,15 @@ def read(path: Path) -> object:
                 for entry in archive.infolist():
                     if entry.external_attr & 0x10:  # torch.load would leave a tensor uninitialised, without a word
                         raise RunError(f"checkpoint '{path}' is damaged: {entry.filename} is marked as a folder")
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, in one line
+        # What is wrong is said below, in one line.
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) and "weights_only" in str(error).lower():
             raise RunError(f"checkpoint '{path}' holds more than tensors and plain values, and is not opened") from None
-        raise RunError(f"'{path}' is no checkpoint") from None
+        raise RunError(f"'{path}' is not a checkpoint") from None
     except Exception as error:  # a damaged file can fail anywhere in torch.load
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise RunError(f"checkpoint '{path}' is damaged or is none: {reason}") from None
@@ -340,33 +366,85 @@ def compare_options(options: dict, now: dict, path: str) -> None:
 
 
 def encoder_weights(saved: dict, path: str | Path) -> dict:
-    """The query encoder in a checkpoint of ours or of MoCo's, or the whole network of a linear evaluation.
+    """The encoder in a checkpoint, with torchvision's names; RunError: there is no ResNet in it.
 
-    Of a run with --ema it is the average of the weights.
+    It is the query encoder of ours and of MoCo's (with --ema the average of its weights), SupContrast's encoder (whose
+    `shortcut` is torchvision's `downsample`), or a whole network: a linear evaluation's, torchvision's or timm's.
     """
-    state_dict = saved.get("average") or saved["state_dict"]
-    weights = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
-    prefix = "encoder_q." if any(name.startswith("encoder_q.") for name in weights) else ""
-    weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(PREFIX): v for name, v in (saved.get("average") or saved["state_dict"]).items()}
+    prefix = prefix_of_encoder(weights)
+    weights = {
+        n.removeprefix(prefix).replace("shortcut", "downsample"): v for n, v in weights.items() if n.startswith(prefix)
+    }
     if "conv1.weight" not in weights or weights["conv1.weight"].dim() != 4:
         raise RunError(f"checkpoint '{path}' holds no ResNet: neither encoder_q.conv1.weight nor conv1.weight is there")
     return weights
 
 
+def prefix_of_encoder(state_dict: dict) -> str:
+    """What the names of the encoder begin with, after `module.`; "" for a whole network."""
+    names = {name.removeprefix(PREFIX) for name in state_dict}
+    prefixes = ("encoder_q.", "encoder.module.", "encoder.")
+    return next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in names), "")
+
+
+def architecture(weights: dict, path: str | Path) -> str:
+    """The -a whose network has these shapes, but for the first convolution and `fc`; RunError: there is none."""
+
+    def shapes(state_dict):
+        own = {name: tuple(value.shape) for name, value in state_dict.items()}
+        return {n: s for n, s in own.items() if not n.startswith(("fc.", "conv1.")) and not n.endswith(COUNTER)}
+
+    theirs = shapes(weights)
+    for arch in sorted(encoders.names(), key=len):  # the usual ones first: to build one takes half a second
+        with torch.device("meta"):
+            own = encoders.build(arch)(num_classes=1).state_dict()
+        if shapes(own) == theirs:
+            return arch
+    raise RunError(f"the shapes in '{path}' fit neither resnet20 nor a network of torchvision's ResNet family")
+
+
 def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classifier: bool = False) -> None:
-    """Loads everything but `fc`, or with `classifier` that too."""
+    """Loads everything but `fc`, or with `classifier` that too. Old files have no counters of batches, and need none."""
     weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
-    own = {} if classifier else {n: v for n, v in encoder.state_dict().items() if n.startswith("fc.")}
+    own = {n: v for n, v in encoder.state_dict().items() if n.endswith(COUNTER) and n not in weights}
+    own |= {} if classifier else {n: v for n, v in encoder.state_dict().items() if n.startswith("fc.")}
     load_state(encoder, weights | own, path)
 
 
-def described(saved: dict, weights: dict) -> dict:
-    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std.
+def initialise(encoder: nn.Module, path: str) -> None:
+    """Starts an encoder from the weights in a file: everything but `fc`, and but a first convolution of another stem."""
+    saved = load(path)
+    weights, own = encoder_weights(saved, path), encoder.state_dict()
+    left = [name for name in weights if name.startswith("fc.")]
+    size, here = tuple(weights["conv1.weight"].shape), tuple(own["conv1.weight"].shape)
+    other_stem = size != here and size[:2] == here[:2]
+    if other_stem:
+        left.append("conv1.weight")
+        stem = "imagenet" if size[-1] == 7 else "cifar"
+    taken = {name: value for name, value in weights.items() if name not in left}
+    load_encoder(encoder, taken | ({"conv1.weight": own["conv1.weight"]} if other_stem else {}), path)
+    prefix = prefix_of_encoder(saved["state_dict"])
+    others = {name.removeprefix(PREFIX) for name in saved["state_dict"]}
+    left += sorted({f"{name.partition('.')[0]}.*" for name in others if not name.startswith(prefix)})
+    say(f"--init '{path}': {len(taken)} tensors taken" + (f"; not taken: {', '.join(left)}" if left else ""))
+    if other_stem:
+        size, here = ("x".join(map(str, shape[2:])) for shape in (size, here))
+        say(
+            f"note: its first convolution is {size}, this network's is {here} and starts anew: --stem {stem} would take it"
+        )
 
-    MoCo's own do not say: then arch is resnet50, stem and size are what the first layer suggests, the statistics None.
+
+def described(saved: dict, weights: dict, path: str | Path, arch: str | None = None) -> dict:
+    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std. `arch`: what -a says, if anything.
+
+    Those that are not ours do not say: then arch is what has the shapes, stem and size are what the first layer suggests,
+    the statistics None.
     """
     options = saved["options"]
     stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     size = options.get("image_size") or (32 if stem == "cifar" else 224)
     named = {name: options.get(name) for name in ("mean", "std")}
-    return dict(arch=saved.get("arch") or "resnet50", stem=stem, image_size=size, **named)
+    if arch is None:
+        arch = saved["arch"] if saved.get("arch") in encoders.names() else architecture(weights, path)
+    return dict(arch=arch, stem=stem, image_size=size, **named)

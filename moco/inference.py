@@ -11,13 +11,15 @@ from moco import augment, checkpoint, datasets, encoders
 def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]:
     """The network in a checkpoint, in eval mode on the CPU; the view of an image that it takes; its classes.
 
-    `fc` is the classifier of a linear evaluation or of cross entropy, else the identity (and there are no classes).
+    `fc` is the classifier of a linear evaluation, of cross entropy, or of a file of torchvision's or timm's; else the
+    identity (and there are no classes).
     """
     saved = checkpoint.load(path)
     weights = checkpoint.encoder_weights(saved, path)
-    known = checkpoint.described(saved, weights)
+    known = checkpoint.described(saved, weights, path)
     options = saved["options"]
-    classifier = "fc.weight" in weights and ("best" in saved or options.get("objective") == "CrossEntropy")
+    whole = not checkpoint.prefix_of_encoder(saved["state_dict"])  # else fc is the projection head
+    classifier = "fc.weight" in weights and (whole or options.get("objective") == "CrossEntropy")
     network = encoders.build(known["arch"], known["stem"])(num_classes=len(weights["fc.weight"]) if classifier else 1)
     checkpoint.load_encoder(network, weights, path, classifier=classifier)
     classes = None

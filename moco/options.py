@@ -126,9 +126,13 @@ def pretrain_parser(description: str, method: Method | None = None, **defaults) 
     add("--no-bias-decay", action="store_true", help="no weight decay on biases and batch norm")
     text = "also keep an average of the encoder's weights, with this decay a step, and evaluate it instead"
     add("--ema", type=number(float, 0, 1), metavar="DECAY", help=text)
+    text = (
+        "file to start the encoder from: of this project, MoCo, SupContrast, torchvision or timm (.pth, .safetensors)"
+    )
+    add("--init", metavar="PATH", help=text)
     if method:
         method.add_options(parser)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"arch": None, **defaults})
     return parser
 
 
@@ -228,9 +232,10 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
     text = "folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to"
     add("data", nargs="?", metavar="DIR", help=text)
     text = (
-        "resnet20, or a network of torchvision's ResNet family (default: resnet50; for main_lincls.py the checkpoint's)"
+        "resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or --pretrained, "
+        "else resnet50)"
     )
-    add("-a", "--arch", default="resnet50", help=text)
+    add("-a", "--arch", help=text)
     text = "data-loading workers, unused for data in memory (default: %(default)s)"
     add("-j", "--workers", type=count, default=8, metavar="N", help=text)
     add("--epochs", type=positive_int, default=epochs, metavar="N", help="total epochs (default: %(default)s)")
@@ -330,6 +335,10 @@ def launching(args: Namespace) -> dict:
 def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict) -> Namespace:
     """The final value of every option of a pretraining script; `saved`: the options of the checkpoint to resume."""
     args = resolve(args, device)
+    if args.init and not saved:
+        weights = checkpoint.encoder_weights(start := checkpoint.load(args.init), args.init)
+        args.arch = checkpoint.described(start, weights, args.init, args.arch)["arch"]
+    args.arch = args.arch or saved.get("arch") or "resnet50"
     args.objective, args.groups = objective, distributed.world_size() * args.bn_splits
     args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")
     if args.warm_up is None:  # SupContrast's authors, for batches over 256
@@ -348,7 +357,8 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
 
 def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, weights: dict) -> Namespace:
     """Likewise of main_lincls.py. What the command line leaves open is the checkpoint's: `saved`, from `source`."""
-    args, theirs, known = Namespace(**vars(args)), saved["options"], checkpoint.described(saved, weights)
+    args, theirs = Namespace(**vars(args)), saved["options"]
+    known = checkpoint.described(saved, weights, source, args.arch)
     if args.arch and saved.get("arch") and args.arch != saved["arch"]:
         raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
     args.arch, args.stem = args.arch or known["arch"], known["stem"]

@@ -57,9 +57,12 @@ def prepare(model_class: type[nn.Module], method: options.Method, args: Namespac
     saved = checkpoint.load(path) if path else None
     if saved and "optimizer" not in saved:
         raise UsageError(
-            f"'{path}' holds weights alone: training cannot be resumed from it (main_lincls.py --pretrained takes it)"
+            f"'{path}' holds weights alone: training cannot be resumed from it (--init starts from them, and "
+            "main_lincls.py --pretrained evaluates them)"
         )
     args = options.resolve_pretraining(args, device, model_class.__name__, saved["options"] if saved else {})
+    if saved and args.init:
+        say(f"note: --init is ignored: this run continues from '{path}'")
     if saved:
         if saved.get("arch") != args.arch:
             raise UsageError(f"checkpoint '{path}' was trained with -a {saved.get('arch')}, this run has {args.arch}")
@@ -111,6 +114,10 @@ def fit(
     torch.manual_seed(args.seed)
     base_encoder = encoders.build(args.arch, args.stem)
     model = method.build(model_class, base_encoder, args, len(split.classes))
+    if args.init and not saved:
+        checkpoint.initialise(model.encoder_q, args.init)
+        if hasattr(model, "encoder_k"):
+            model.encoder_k.load_state_dict(model.encoder_q.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True)
     optimizer = torch.optim.SGD(parameter_groups(model, args.no_bias_decay), args.lr, **sgd)

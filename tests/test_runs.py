@@ -83,7 +83,7 @@ def test_linear_evaluation_of_an_imagenet_checkpoint_that_says_nothing():
     weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
 
     def resolved(*words, **options_of_the_checkpoint):
-        args = options.linear_parser("").parse_args([*words, "--dataset", "imagefolder", "data/"])
+        args = options.linear_parser("").parse_args([*words, "-a", "resnet50", "--dataset", "imagefolder", "data/"])
         saved = {"options": options_of_the_checkpoint}
         return options.resolve_linear(args, torch.device("cpu"), "moco.pth.tar", saved, weights)
 

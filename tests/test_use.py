@@ -1,5 +1,6 @@
 """From a checkpoint to features and other formats; one output folder, two runs; what a disk refuses."""
 
+import argparse
 import errno
 import fcntl
 import os
@@ -409,3 +410,137 @@ def test_the_sdist_has_what_the_tests_need(tmp_path):
     with tarfile.open(tmp_path / "src" / done.stdout.splitlines()[-1]) as archive:
         there = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in files if not name.startswith(".")} <= there
+
+
+def random_statistics(network):
+    """As if it were trained: batch norm that does something."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.uniform_(-0.3, 0.3, generator=generator)
+    return network.eval()
+
+
+def supcontrasts(network):
+    """A checkpoint as SupContrast's scripts save it: other names, and their options beside it."""
+    state = {n.replace("downsample", "shortcut"): v for n, v in network.state_dict().items() if not n.startswith("fc.")}
+    state = {f"encoder.module.{name}": value for name, value in state.items()} | {"head.0.weight": torch.zeros(3, 3)}
+    return {
+        "opt": argparse.Namespace(model="resnet18", lr_decay_epochs=[700]),
+        "model": state,
+        "optimizer": {},
+        "epoch": 3,
+    }
+
+
+def foreign(tmp_path, kind):
+    """A file of someone else's weights, and their network."""
+    path = tmp_path / f"theirs.{'safetensors' if kind == 'timm' else 'pth'}"
+    if kind == "timm":
+        timm = pytest.importorskip("timm")
+        from safetensors.torch import save_file
+
+        network = random_statistics(timm.create_model("resnet18", num_classes=7))
+        save_file(network.state_dict(), path)
+    elif kind == "SupContrast":
+        network = random_statistics(encoders.build("resnet18")(num_classes=7))
+        torch.save(supcontrasts(network), path)
+    else:
+        network = random_statistics(models.resnet18(num_classes=7))
+        state = network.state_dict()
+        if kind == "old torchvision":  # before version 0.2
+            state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+        torch.save(state, path)
+    network.fc = torch.nn.Identity()
+    return path, network
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "old torchvision", "timm", "SupContrast"])
+@torch.no_grad()
+def test_weights_from_elsewhere(kind, run, tmp_path):
+    """The same features in load_encoder, and in a pretraining run before its first step."""
+    path, theirs = foreign(tmp_path, kind)
+    cifar = kind == "SupContrast"
+    images = torch.randn(2, 3, 48, 48)
+    wanted = theirs(images)
+    encoder, preprocess = moco.load_encoder(path)
+    assert (encoder(images) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert preprocess(Image.new("RGB", (300, 260))).shape[1:] == ((32, 32) if cifar else (224, 224))
+    _, _, classes = inference.load(path)
+    assert classes == (None if cifar else [str(label) for label in range(7)])
+
+    # A learning rate of 0 leaves the weights as they are; batch norm's statistics move, so they are taken from before.
+    words = f"--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --moco-k 16 --lr 0 --stem {'cifar' if cifar else 'imagenet'}"
+    done = run("main_moco_in.py", words, "--init", path, "--output-dir", tmp_path / "run")
+    assert done.status == 0, done.err
+    tensors = len(theirs.state_dict())
+    tensors -= 20 * (kind == "old torchvision")
+    left = "head.*" if cifar else "fc.weight, fc.bias"
+    assert f"--init '{path}': {tensors} tensors taken; not taken: {left}" in done.out, done.out
+    assert "MoCoIn: resnet18 on" in done.out  # told from the shapes
+    saved = checkpoint.load(tmp_path / "run/checkpoint_last.pth.tar")
+    for prefix in ("module.encoder_q.", "module.encoder_k."):
+        for name, value in theirs.state_dict().items():
+            if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+                assert torch.equal(saved["state_dict"][prefix + name], value), name
+
+
+def test_init_and_its_limits(run, tmp_path):
+    path, _ = foreign(tmp_path, "torchvision")
+    words = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --output-dir"
+    done = run("main_ce.py", words, tmp_path / "ce", "--init", path)
+    assert done.status == 0 and "121 tensors taken; not taken: fc.weight, fc.bias, conv1.weight" in done.out, done
+    assert "first convolution is 7x7, this network's is 3x3 and starts anew: --stem imagenet would take it" in done.out
+    last = tmp_path / "ce/checkpoint_last.pth.tar"
+    done = run("main_ce.py", words, tmp_path / "ce", "--init", path, "--epochs 2 --resume auto")
+    assert done.status == 0 and f"note: --init is ignored: this run continues from '{last}'" in done.out, done
+    assert "tensors taken" not in done.out
+    done = run("main_supcon.py", words, tmp_path / "supcon", "--init", last)
+    assert done.status == 0 and "122 tensors taken" not in done.out and "120 tensors taken" in done.out, done
+    refused(run("main_ce.py", words, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "there")
+    refused(run("main_ce.py", words, tmp_path / "o", "--init nowhere.pth"), 2, "'nowhere.pth' does not exist")
+    refused(run("main_ce.py", words, tmp_path / "o", "--resume", path), 2, "weights alone", "--init")
+    state = torch.load(path, weights_only=True)
+    del state["layer1.0.bn1.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    refused(run("main_ce.py", words, tmp_path / "o", "--init", tmp_path / "part.pth"), 1, "shapes", "part.pth")
+    (tmp_path / "bad.safetensors").write_bytes(b"12345678 nonsense")
+    refused(run("main_ce.py", words, tmp_path / "o", "--init", tmp_path / "bad.safetensors"), 1, "bad.safetensors")
+
+
+def test_a_namespace_is_data_and_other_classes_are_not_read(tmp_path):
+    saved = {"state_dict": {"module.a": torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth")["args"].lr == 0.1
+    torch.save(saved | {"args": argparse.Namespace(parser=argparse.ArgumentParser())}, tmp_path / "a.pth")
+    with pytest.raises(checkpoint.RunError, match="more than tensors"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
+    """What export.py writes is read back, too."""
+    _, last, best = trained
+    path, _ = foreign(tmp_path, "torchvision")
+    digits = "--dataset digits --image-size 8 -b 16"
+    assert run("scripts/export.py", path, tmp_path / "back.safetensors").status == 0
+    for source in (path, tmp_path / "back.safetensors"):
+        assert (
+            run("scripts/extract.py", source, "--dataset digits -b 64 --out", tmp_path / f"{source.stem}.npz").status
+            == 0
+        )
+        out = tmp_path / source.stem
+        done = run("main_lincls.py", digits, "--per-class 4 --epochs 1 --pretrained", source, "--output-dir", out)
+        assert done.status == 0 and "on resnet18 from" in done.out, done.err
+    both = [np.load(tmp_path / f"{name}.npz")["features"] for name in ("theirs", "back")]
+    assert np.array_equal(*both)
+    encoder, _ = moco.load_encoder(last)
+    images = torch.randn(2, 3, 12, 12)
+    for suffix in ("pth", "safetensors"):
+        assert run("scripts/export.py", last, tmp_path / f"e.{suffix}").status == 0
+        assert torch.equal(moco.load_encoder(tmp_path / f"e.{suffix}")[0](images), encoder(images))
+    assert run("scripts/export.py", best, tmp_path / "classifier.pth").status == 0
+    network, _, classes = inference.load(tmp_path / "classifier.pth")
+    assert classes == ["0", "1"] and torch.equal(network(images), inference.load(best)[0](images))

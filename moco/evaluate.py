@@ -155,6 +155,37 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temp
     return votes.scatter_add_(1, nearest, (similarity / temperature).exp()).argmax(1)
 
 
+@torch.no_grad()
+def retrieval(features: Tensor, labels: Tensor) -> tuple[float, float, float] | None:
+    """Recall@1, recall@5 and MAP@R in percent, of each image among all others (Musgrave et al., arXiv:2003.08505).
+
+    Recall@k: is an image of the query's class among its k nearest? With R other images of its class,
+
+        MAP@R = (1/R) sum_{i=1..R} [the i-th nearest is of the class] (share of the class among the i nearest).
+
+    Means over the images of which there are others (R > 0); None if there are none.
+
+    Args:
+        features: (N, width) float32, L2-normalised. labels: (N,) int64, 0 or more.
+    """
+    others = labels.bincount()[labels] - 1
+    queries = others.nonzero().squeeze(1)
+    if not len(queries):
+        return None
+    sums = torch.zeros(3, dtype=torch.float64, device=features.device)
+    for rows in queries.split(max(1, PART_BYTES // (32 * len(labels)))):
+        similarity = features[rows] @ features.T
+        similarity[torch.arange(len(rows)), rows] = -math.inf
+        wanted = others[rows, None]
+        nearest = similarity.topk(min(len(labels) - 1, max(5, int(wanted.max()))), dim=1).indices
+        hits = labels[nearest] == labels[rows, None]
+        ranks = torch.arange(1, nearest.shape[1] + 1, device=features.device)
+        precision = hits.cumsum(1) / ranks
+        map_at_r = ((precision * (hits & (ranks <= wanted))).sum(1, keepdim=True) / wanted).sum()
+        sums += torch.stack([hits[:, 0].sum(), hits[:, :5].any(1).sum(), map_at_r])
+    return tuple((100 * sums / len(queries)).tolist())
+
+
 def knn_bytes(images: int, queries: int, width: int, classes: int) -> int:
     """Bytes that `knn` holds at most on each process, besides the network and its batches.
 

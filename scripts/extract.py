@@ -7,7 +7,7 @@
 A folder with class folders in train/, val/ or test/ is a data set; --dataset folder takes all images in it and below.
 
 The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64, -1 where there is none; `paths` (N,),
-files relative to the folder, or the images' numbers.
+files relative to the folder, or the images' numbers. Of labelled images it also prints recall@1, recall@5 and MAP@R.
 """
 
 import argparse
@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from moco import datasets, inference, launch, options
+from moco import datasets, evaluate, inference, launch, options
 from moco.batches import Centres
 from moco.errors import RunError, UsageError
 from moco.logs import say
 from moco.losses import UNLABELLED
 
+MOST_SEARCHED = 100_000  # images of which all pairs are compared
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
 
@@ -117,8 +119,20 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
             with options.writing(args.picture) as picture:
                 sheet(split, features, args.neighbours or 8).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
+    search(features, split.labels, device)
     if args.picture:
         say(f"{args.picture}")
+
+
+def search(features: np.ndarray, labels: torch.Tensor, device: torch.device) -> None:
+    """Says how well the labelled images find others of their class, if there are any."""
+    rows = (labels != UNLABELLED).nonzero().squeeze(1)
+    if len(rows) > MOST_SEARCHED:
+        say(f"note: no recall@1 and MAP@R: they compare all pairs, and there are more than {MOST_SEARCHED:,} images")
+        return
+    normed = F.normalize(torch.from_numpy(features[rows.numpy()]).to(device), dim=1)
+    if len(rows) and (found := evaluate.retrieval(normed, labels[rows].to(device))):
+        say("each labelled image among the others: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
 
 
 def sheet(split: datasets.Split, features: np.ndarray, neighbours: int, rows: int = 10) -> Image.Image:

@@ -544,3 +544,58 @@ def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
     assert run("scripts/export.py", best, tmp_path / "classifier.pth").status == 0
     network, _, classes = inference.load(tmp_path / "classifier.pth")
     assert classes == ["0", "1"] and torch.equal(network(images), inference.load(best)[0](images))
+
+
+def neighbours():
+    """An embedding with some order in it, of classes of different sizes; the last one has a single image."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate([3, 17, 40, 2, 9, 1])])
+    features = torch.randn(6, 8, generator=generator)[labels] + torch.randn(len(labels), 8, generator=generator)
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.nn.functional.normalize(features[order], dim=1), labels[order]
+
+
+def test_retrieval_is_its_formula(monkeypatch):
+    features, labels = neighbours()
+    found = evaluate.retrieval(features, labels)
+    monkeypatch.setattr(evaluate, "PART_BYTES", 32 * len(labels) * 5)
+    assert evaluate.retrieval(features, labels) == pytest.approx(found)  # in parts of five queries
+    scores = []
+    for i, (feature, label) in enumerate(zip(features.double(), labels, strict=True)):
+        others = [j for j in range(len(labels)) if j != i]
+        others.sort(key=lambda j: -float(features[j].double() @ feature))
+        hits = [bool(labels[j] == label) for j in others]
+        if R := sum(hits):
+            average = sum(sum(hits[: r + 1]) / (r + 1) for r in range(R) if hits[r]) / R
+            scores.append([hits[0], any(hits[:5]), average])
+    assert len(scores) == len(labels) - 1
+    assert found == pytest.approx((100 * np.mean(scores, 0)).tolist())
+    assert evaluate.retrieval(features[:2], torch.arange(2)) is None
+
+
+def test_retrieval_is_that_of_pytorch_metric_learning():
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    features, labels = neighbours()
+    theirs = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        knn_func=CustomKNN(CosineSimilarity()),
+        device=torch.device("cpu"),
+    ).get_accuracy(features, labels)
+    first, _, map_at_r = evaluate.retrieval(features, labels)
+    assert 100 * theirs["precision_at_1"] == pytest.approx(first, abs=1e-4)
+    assert 100 * theirs["mean_average_precision_at_r"] == pytest.approx(map_at_r, abs=1e-4)
+
+
+def test_extract_says_how_well_images_find_each_other(run, trained, tmp_path):
+    data, last, _ = trained
+    done = run("scripts/extract.py", last, data, "--out", tmp_path / "f.npz")
+    found = np.load(tmp_path / "f.npz")
+    features = torch.nn.functional.normalize(torch.from_numpy(found["features"]), dim=1)
+    wanted = evaluate.retrieval(features, torch.from_numpy(found["labels"]))
+    assert "recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*wanted) in done.out
+    assert "MAP@R" not in run("scripts/extract.py", last, data / "val", "--out", tmp_path / "f.npz --force").out

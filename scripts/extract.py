@@ -12,25 +12,28 @@ files relative to the folder, or the images' numbers. Of labelled images it also
 
 import argparse
 import os
+import shutil
 import tempfile
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from moco import datasets, evaluate, inference, launch, options
+from moco import datasets, evaluate, inference, launch, logs, options
 from moco.batches import Centres
-from moco.errors import RunError, UsageError
+from moco.errors import RunError, UsageError, one_line
 from moco.logs import say
 from moco.losses import UNLABELLED
 
 MOST_SEARCHED = 100_000  # images of which all pairs are compared
+MOST_PROJECTED = 5000  # images in the projector
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
 
@@ -49,6 +52,8 @@ def main():
     add("-j", "--workers", type=options.count, default=8, metavar="N", help=text)
     add("--neighbours", type=options.positive_int, metavar="K", help="for --picture (default: 8)")
     add("--picture", type=Path, metavar="FILE.png", help="a sheet of images beside their nearest neighbours")
+    text = f"TensorBoard's embedding projector of at most {MOST_PROJECTED:,} images, in a new folder"
+    add("--projector", type=Path, metavar="DIR", help=text)
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
     try:
@@ -58,6 +63,8 @@ def main():
             options.check_output(
                 args.picture, args.force, {s for s, kind in Image.EXTENSION.items() if kind in Image.SAVE}
             )
+        if args.projector:
+            options.check_output(args.projector, force=False)
         if args.neighbours and not args.picture:
             raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
         split, paths = images(args)
@@ -120,6 +127,9 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
                 sheet(split, features, args.neighbours or 8).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
     search(features, split.labels, device)
+    if args.projector:
+        project(args.projector, split, features, paths)
+        say(f"{args.projector}: tensorboard --logdir {args.projector}")
     if args.picture:
         say(f"{args.picture}")
 
@@ -133,6 +143,32 @@ def search(features: np.ndarray, labels: torch.Tensor, device: torch.device) -> 
     normed = F.normalize(torch.from_numpy(features[rows.numpy()]).to(device), dim=1)
     if len(rows) and (found := evaluate.retrieval(normed, labels[rows].to(device))):
         say("each labelled image among the others: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
+
+
+def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: list[str]) -> None:
+    """Writes TensorBoard's embedding projector, with class, path and thumbnail of each image: of all, or evenly spread."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    chosen = np.linspace(0, len(features) - 1, min(MOST_PROJECTED, len(features))).astype(int).tolist()
+    labels = [int(split.labels[i]) for i in chosen]
+    names = ["" if label == UNLABELLED else split.classes[label] for label in labels]
+    # One line of a table each, in UTF-8.
+    rows = [
+        [one_line(os.fsencode(text).decode(errors="replace")) for text in (n, paths[i])]
+        for n, i in zip(names, chosen, strict=True)
+    ]
+    thumbnails = [ImageOps.fit(split.pillow(i), (THUMBNAIL // 2, THUMBNAIL // 2)) for i in chosen]
+    images = torch.stack([datasets.pixels(image) for image in thumbnails]).float() / 255
+    threading.excepthook = logs.all_but_os_errors
+    with options.writing(folder) as tmp:
+        try:
+            with SummaryWriter(tmp) as writer:
+                writer.add_embedding(
+                    torch.from_numpy(features[chosen]), rows, images, metadata_header=["class", "path"]
+                )
+        except OSError:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
 
 
 def sheet(split: datasets.Split, features: np.ndarray, neighbours: int, rows: int = 10) -> Image.Image:

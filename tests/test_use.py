@@ -599,3 +599,22 @@ def test_extract_says_how_well_images_find_each_other(run, trained, tmp_path):
     wanted = evaluate.retrieval(features, torch.from_numpy(found["labels"]))
     assert "recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*wanted) in done.out
     assert "MAP@R" not in run("scripts/extract.py", last, data / "val", "--out", tmp_path / "f.npz --force").out
+
+
+def test_the_projector(run, trained, tmp_path):
+    """What TensorBoard reads: a table of features, one of class and path, and the thumbnails on one sheet."""
+    data, last, _ = trained
+    os.rename(data / "val/dog/0.png", data / "val/dog/a\tb.png")
+    words = ["scripts/extract.py", last, data, "--out", tmp_path / "f.npz", "--force --projector", tmp_path / "look"]
+    done = run(*words)
+    assert done.status == 0 and f"tensorboard --logdir {tmp_path / 'look'}" in done.out, done.err
+    found = np.load(tmp_path / "f.npz")
+    place = tmp_path / "look/00000/default"
+    table = np.loadtxt(place / "tensors.tsv", delimiter="\t")
+    assert np.allclose(table, found["features"], rtol=1e-4, atol=1e-5)
+    rows = [line.split("\t") for line in (place / "metadata.tsv").read_text().splitlines()]
+    assert rows[0] == ["class", "path"] and rows[1] == ["cat", "val/cat/0.png"] and len(rows) == 11
+    assert sorted(rows[6:])[-1] == ["dog", r"val/dog/a\tb.png"]
+    assert Image.open(place / "sprite.png").size == (4 * 32, 4 * 32)
+    assert "00000/default" in (tmp_path / "look/projector_config.pbtxt").read_text()
+    refused(run(*words), 2, "look' exists")

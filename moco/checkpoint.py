@@ -28,9 +28,7 @@ from moco.logs import say
 LAST = "checkpoint_last.pth.tar"
 PREFIX = "module."
 COUNTER = ".num_batches_tracked"
-PATIENCE = (
-    20  # seconds to wait for another run to leave the output folder: a requeued job meets the old one's last save
-)
+PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
 
 # Options that a resumed run cannot change without becoming another run.
 FIXED = [
@@ -84,7 +82,7 @@ def lock(folder: str | Path, name: str) -> Iterator[None]:
     path = Path(folder, f"{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115  not truncated: it may be another run's
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  not truncated: it may be another run's
     except OSError as error:
         raise RunError(f"'{error.filename}' cannot be written: {error.strerror}", alone=True) from None
     with file:
@@ -98,8 +96,7 @@ def acquire(file, path: Path) -> None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -108,7 +105,7 @@ def acquire(file, path: Path) -> None:
                 say(f"note: '{path.parent}' cannot be locked ({error.strerror}): start no second run in it")
                 return
         file.seek(0)
-        place = file.read().strip() or "another run"
+        place = file.read().decode(errors="replace").strip() or "another run"
         if second == 0:
             say(f"note: {place} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
         if second < PATIENCE:

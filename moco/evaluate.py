@@ -175,7 +175,7 @@ def retrieval(features: Tensor, labels: Tensor) -> tuple[float, float, float] | 
     sums = torch.zeros(3, dtype=torch.float64, device=features.device)
     for rows in queries.split(max(1, PART_BYTES // (32 * len(labels)))):
         similarity = features[rows] @ features.T
-        similarity[torch.arange(len(rows)), rows] = -math.inf
+        similarity.scatter_(1, rows[:, None], -math.inf)
         wanted = others[rows, None]
         nearest = similarity.topk(min(len(labels) - 1, max(5, int(wanted.max()))), dim=1).indices
         hits = labels[nearest] == labels[rows, None]

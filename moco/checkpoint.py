@@ -423,8 +423,8 @@ def initialise(encoder: nn.Module, path: str) -> None:
     load_encoder(encoder, taken | ({"conv1.weight": own["conv1.weight"]} if other_stem else {}), path)
     prefix = prefix_of_encoder(saved["state_dict"])
     others = {name.removeprefix(PREFIX) for name in saved["state_dict"]}
-    left += sorted({f"{name.partition('.')[0]}.*" for name in others if not name.startswith(prefix)})
-    say(f"--init '{path}': {len(taken)} tensors taken" + (f"; not taken: {', '.join(left)}" if left else ""))
+    left += {f"{name.partition('.')[0]}.*" for name in others if not name.startswith(prefix)}
+    say(f"--init '{path}': {len(taken)} tensors taken" + (f"; not taken: {', '.join(sorted(left))}" if left else ""))
     if other_stem:
         size, here = ("x".join(map(str, shape[2:])) for shape in (size, here))
         say(

@@ -169,10 +169,11 @@ def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     assert done.status == 0 and Image.open(tmp_path / "picture.png").width > 1500, done.err
 
 
-def test_two_runs_in_one_folder(run, tmp_path, monkeypatch):
+def test_two_runs_in_one_folder(run, folder, tmp_path, monkeypatch):
     """The second one waits, and goes on when the first one has saved and ended; else it is refused."""
     monkeypatch.setattr(checkpoint, "PATIENCE", 1)
-    words = [TINY_MOCO, "--views pil -j 1 --output-dir", tmp_path]  # a data-loading worker must not keep the lock
+    photos = folder(train=16, size=(120, 100))  # in files: a data-loading worker must not keep the lock
+    words = [f"-a resnet20 --image-size 8 -b 4 --moco-k 16 --seed 0 -p 1 -j 1 {photos} --output-dir", tmp_path]
     command = ["main_moco.py", *" ".join(map(str, words)).split()]
     first = start(*command)
     until(first, "epoch 0:")

@@ -1,12 +1,12 @@
 """Rewrites the tables of README.md and docs/ between their markers, from the files in results/ alone, and draws
-curves.png and embeddings.png there: the measured rows side by side.
+curves.png, embeddings.png and labels.png there.
 
 python scripts/report.py            # rewrite
 python scripts/report.py --check    # exit with status 1 if a page does not agree with results/
 """
 
+import re
 import statistics
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -19,24 +19,39 @@ import results
 from moco import launch, logs, options
 from moco.errors import RunError, UsageError
 from picture import scatter
-from reproduce import ROOT, by_option
-from results import FIGURES, ROWS
+from results import NAMES, ROOT, ROWS, recipe
 
-# Options that say where a run is kept, how it is watched and how fast it is, not what it computes.
-ASIDE = {"--seed", "--output-dir", "--pretrained", "--knn-freq", "--save-freq", "-p", "--print-freq", "-j", "--workers"}
-ASIDE |= {"--compile", "--no-compile"}
-
-
-# Networks and data of the small rows, and who trained the network with labels alone.
+# Options that do not change what a run computes, that follow from others, or that have a column of their own.
+ASIDE = {"data", "output_dir", "pretrained", "resume", "evaluate", "seed", "start_epoch", "workers", "compile", "gpu"}
+ASIDE |= {
+    "print_freq",
+    "knn_freq",
+    "save_freq",
+    "images",
+    "classes",
+    "objective",
+    "bn_splits",
+    "centre_crop",
+    "lr_decay",
+}
+ASIDE |= {"multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend"}
+VIEWS = ("aug_plus", "aug_mild", "aug_crop")
+ASIDE |= {"precision", "views", "arch", "dataset", "stem", "mean", "std", *VIEWS}
+FLAGS = {"batch_size": "-b", "weight_decay": "--wd", "groups": "--bn-splits"}
 SMALL = ("resnet20", "cifar10", 50_000)
-ANCHOR = (
-    "ResNet-20 with labels, published by [He et al.](https://arxiv.org/abs/1512.03385)",
-    "",
-    "",
-    "91.25 / -",
-    "",
-    "",
-)
+PASSES = "encoder passes per image"  # epochs times Row.passes
+FIRST = f"|network|data|epochs|{PASSES}|options|kNN|top-1 / top-5|published|core-hours|weights".split("|")
+ALL = f"|data|network|epochs|{PASSES}|options|kNN|top-1 / top-5|hardware|time".split("|")
+ANCHOR = "Cross entropy, [He et al.](https://arxiv.org/abs/1512.03385); [200 epochs, best one](https://github.com/"
+ANCHOR = {"": ANCHOR + "chenyaofo/pytorch-cifar-models)", "published": "91.25; 92.6"}
+
+FIGURES = {
+    "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against all cores)",
+    "folder_ratio": "a JPEG to two uint8 crops of 224 pixels (the rest of the views is batched, not counted), "
+    "over torchvision's two finished views on PIL; both decode once, one core",
+    "loop_over_bare": "speed of the training loop, relative to the bare encoders",
+    "images_per_second": "images/s of the loop (GPU: ResNet-50, batch 256; CPU: ResNet-18, batch 128)",
+}
 
 
 def main():
@@ -46,29 +61,39 @@ def main():
     parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")
     args = parser.parse_args()
     try:
-        runs, benches = read(args.results)
+        if not args.results.is_dir():
+            raise UsageError(f"there is no folder '{args.results}'")
+        files = [results.read(path) for path in sorted(args.results.glob("*.json"))]
+        runs, benches = ([f for f in files if results.is_bench(f) == bench] for bench in (False, True))
         labelled = by_labels(args.results / "labels")
-        for page, parts in {
-            "README.md": {"rows": rows(runs), "table": table(runs)},
-            "docs/results.md": {
-                "runs": small_table(runs) + full_table(runs),
-                "labels": labels_table(labelled),
-                "searches": searches(args.results),
-                "tries": tries(args.results / "own"),
-                "speed": speed(benches),
-            },
-            "docs/imagenet.md": {"large": small_table([r for r in runs if r["dataset"] == "imagefolder"])},
-        }.items():
-            path = args.pages / page
-            new = old = path.read_text()
-            for name, content in parts.items():
-                new = between(new, name, content, path)
+        groups = grouped(runs)
+        full, large = [g for g in groups if is_full(g[0])], [g for g in groups if g[0]["dataset"] == "imagefolder"]
+        blocks = {
+            "rows": run_table(full + longest(groups), FIRST, [ANCHOR]),
+            "table": published_table(),
+            "runs": run_table(groups, ALL),
+            "large": run_table(large, ALL),
+            "labels": labels_table(labelled),
+            "searches": searches(args.results / "lr"),
+            "tries": searches(args.results / "own"),
+            "speed": speed(benches),
+        }
+        missing = set(blocks)
+        marker = re.compile(
+            rf"(<!-- ({'|'.join(blocks)}): made from results/ by scripts/report.py -->\n).*?(<!-- end of \2 -->)", re.S
+        )
+        for path in [args.pages / "README.md", *sorted((args.pages / "docs").glob("*.md"))]:
+            old = path.read_text()
+            new = marker.sub(lambda found: found[1] + blocks[found[2]] + found[3], old)
+            missing -= {name for _, name, _ in marker.findall(old)}
             if args.check and new != old:
                 raise RunError(f"'{path}' does not agree with '{args.results}': run make report")
-            if not args.check:
+            if new != old:
                 path.write_text(new)
+        if missing:
+            raise RunError(f"no page in '{args.pages}' has both markers of {', '.join(sorted(missing))}")
         if not args.check:
-            draw(runs, args.results)
+            draw(longest(groups), args.results)
             draw_labels(labelled, args.results)
     except OSError as error:
         launch.report_and_exit(RunError(f"'{error.filename}': {error.strerror}"))
@@ -76,236 +101,202 @@ def main():
         launch.report_and_exit(error)
 
 
-def read(folder):
-    """The runs and the benchmarks on file; RunError names a file that is neither."""
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder '{folder}'")
-    found = [results.read(path) for path in sorted(folder.glob("*.json"))]
-    return tuple([content for content in found if results.is_bench(content) == bench] for bench in (False, True))
+def lines(titles, rows):
+    """A table in Markdown, without the columns that are empty."""
+    kept = [i for i in range(len(titles)) if i == 0 or any(row[i] != "" for row in rows)]
+    table = ["| " + " | ".join(str(row[i]) for i in kept) + " |\n" for row in [titles, *rows]]
+    return "".join([table[0], "|---" * len(kept) + "|\n", *table[1:]])
 
 
-def between(text, name, content, path):
-    start, end = f"<!-- {name}: made from results/ by scripts/report.py -->\n", f"<!-- end of {name} -->"
-    if start not in text or end not in text:
-        raise RunError(f"'{path}' has no markers for its {name}")
-    head, rest = text.split(start)
-    return head + start + content + end + rest.split(end, 1)[1]
+def described(runs, groups):
+    """The cells of a table for runs that differ only in their seed, by title; `groups`: the table's runs."""
+    run = runs[0]
+    on_cpu = run["hardware"]["name"].startswith("cpu")
+    cpu = [r["cpu_seconds"] / 3600 for r in runs if on_cpu and r.get("cpu_seconds")]
+    files = [r["weights"]["file"] for r in runs if "weights" in r]
+    minutes = statistics.mean(r["pretrain_seconds"] + r["linear_seconds"] for r in runs) / 60
+    return {
+        "": run["row"],
+        "data": run["dataset"],
+        "network": run["arch"],
+        "epochs": run["epochs"],
+        PASSES: run["epochs"] * row_of(run).passes,
+        "options": ", ".join([*how(run), *unlike(run, groups)]),
+        "kNN": spread([r["knn"] for r in runs if r.get("knn") is not None]),
+        "top-1 / top-5": accuracy(runs),
+        "published": published(run) if is_full(run) else "",
+        "core-hours": spread(cpu),
+        "weights": f"[{Path(files[0]).name}]({files[0]})" if files else "",
+        "hardware": "; ".join(sorted({f"{r['hardware']['device']}, {r['hardware']['cores']} cores" for r in runs})),
+        "time": f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h",
+    }
 
 
-def rows(runs):
-    """README's table of measured rows: the small network, each method at its longest."""
-    table = [("", "epochs", "kNN", "top-1 / top-5", "core-hours", "weights")]
-    for mine in measured(runs):
-        cpu = [r["cpu_seconds"] / 3600 for r in mine if r.get("cpu_seconds") and not on_gpu(r)]
-        files = [r["weights"]["file"] for r in mine if r.get("weights")]
-        weights = f"[{Path(files[0]).name}]({files[0]})" if files else ""
-        table.append((mine[0]["row"], mine[0]["epochs"], knn(mine), ours(mine)[0], spread(cpu, 1), weights))
-    kept = [i for i in range(6) if any(row[i] for row in table[1:])]
-    lines = [cells(*(row[i] for i in kept)) for row in [*table, ANCHOR]]
-    return "\n".join([lines[0], "|---" * len(kept) + "|", *lines[1:]]) + "\n"
+def run_table(groups, titles, more=()):
+    found = [described(group, groups) for group in groups] + [dict.fromkeys(titles, "") | cells for cells in more]
+    return lines(titles, [[cells[title] for title in titles] for cells in found])
 
 
-def measured(runs):
-    """Of each method its longest runs with resnet20 on all of CIFAR-10: those with the fewest options of their own."""
-    best = {}
-    for group in grouped(r for r in runs if (r["arch"], r["dataset"], r["images"]) == SMALL):
-        rank = (-group[0]["epochs"], len(difference(group[0])))
-        if rank < best.get(group[0]["row"], ((1,),))[0]:
-            best[group[0]["row"]] = (rank, group)
-    return [best[name][1] for name in sorted(best, key=order)]
+def accuracy(runs):
+    """The cell of the last epoch's top-1 / top-5; cross entropy's own classifier in brackets."""
+    done, own = [r for r in runs if "top1" in r], [r for r in runs if "classifier_top1" in r]
+    shown = [" / ".join(spread([r[name] for r in done]) for name in ("top1", "top5"))] if done else []
+    if own:
+        scores = " / ".join(spread([r[f"classifier_{name}"] for r in own]) for name in ("top1", "top5"))
+        shown.append(f"(own classifier: {scores})")
+    return " ".join(shown) or "kNN only"
 
 
-def table(runs):
-    """Published rows, and what was measured of them; without these columns, where they would be empty."""
-    full = [r for r in runs if is_full(r)]
-    of_row = {row: [r for r in full if is_published(r, row)] for row in ROWS.values() if row.published}
-    more = ["measured", "hardware", "time"] if any(of_row.values()) else []
-    titles = ["", "script", "epochs", "published top-1 / top-5", *more]
-    lines = [cells(*titles), "|---" * len(titles) + "|"]
-    for row, mine in of_row.items():
-        top5 = "-" if row.top5 is None else row.top5
-        cell = cells(row.name, f"`{row.script}`", row.epochs, f"{row.top1} / {top5}", *ours(mine)[: len(more)])
-        lines.append(cell)
-    return "\n".join(lines) + "\n"
+def longest(groups):
+    """The small network on all of CIFAR-10: of each kind of views the runs with more than half of the most epochs."""
+    small = [g for g in groups if (g[0]["arch"], g[0]["dataset"], g[0]["images"]) == SMALL]
+    most = {views(g[0]): g[0]["epochs"] for g in small}  # they are sorted by epochs
+    kept = [g for g in small if 2 * g[0]["epochs"] > most[views(g[0])]]
+    return sorted(kept, key=lambda g: (most[views(g[0])], order(g[0]["row"])))
 
 
-def full_table(runs):
-    """Runs of the published network with other options than a row's."""
-    other = grouped(r for r in runs if is_full(r) and not any(is_published(r, row) for row in ROWS.values()))
-    if not other:
-        return ""
-    lines = ["", "The published network and images with other options than the row's, or for other epochs:", ""]
-    lines += ["| | epochs | options | kNN | top-1 / top-5 | hardware | time |", "|---|---|---|---|---|---|---|"]
-    for mine in other:
-        what = ", ".join(difference(mine[0]))
-        lines.append(cells(mine[0]["row"], mine[0]["epochs"], what, knn(mine), *ours(mine)))
-    return "\n".join(lines) + "\n"
+def published(run):
+    """What is published of a run's script and data set: for as many epochs, or else for any."""
+    rows = [r for r in ROWS.values() if r.published and (r.script, r.dataset) == (row_of(run).script, run["dataset"])]
+    same = [row for row in rows if row.epochs == run["epochs"]]
+    return "; ".join(scores(row) + f" ({row.epochs} epochs)" * (not same) for row in same or rows)
 
 
-def small_table(runs):
-    """All runs of other networks or data."""
-    small = grouped(r for r in runs if not is_full(r))
-    lines = ["| | data | network | epochs | views, precision | kNN | top-1 / top-5 | hardware | time |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    for mine in small:
-        what = (mine[0][name] for name in ("row", "dataset", "arch", "epochs"))
-        manner = ", ".join([how(mine[0]), *unlike(mine[0], small)])
-        lines.append(cells(*what, manner, knn(mine), *ours(mine)))
-    return "\n".join(lines) + "\n"
+def scores(row):
+    return f"{row.top1} / {'-' if row.top5 is None else row.top5}"
+
+
+def published_table():
+    """A line per method and length, a column per data set."""
+    table = []
+    for row in ROWS.values():
+        if row.published and row.dataset == "cifar10":
+            what = [f"`{row.script}`", row.epochs, row.batch]
+            larger = [r for r in ROWS.values() if (r.name, r.dataset, r.epochs) == (row.name, "cifar100", row.epochs)]
+            table.append([row.name, *what, scores(row), scores(larger[0]) if larger else ""])
+            if row.rerun:
+                table.append([f"{row.name}, the reference's rerun", *what, f"{row.rerun} / -", ""])
+    return lines(["", "script", "epochs", "batch", "CIFAR-10, top-1 / top-5", "CIFAR-100, top-1 / top-5"], table)
 
 
 def searches(folder):
-    """The kNN accuracy at each lr that was tried, from the logs in lr/; the best one in bold."""
-    lines = ["| | lr: kNN |", "|---|---|"]
-    for key in ("ce", "supcon", "moco", "out"):
-        found = {}
-        for path in (folder / "lr").glob(f"{key}-*.csv"):
-            found[path.stem.split("-")[1]] = float(logs.read(path)[-1]["knn"])
-        if found:
-            best = max(found, key=found.get)
-            shown = (f"{lr}: {found[lr]:.1f}" for lr in sorted(found, key=float))
-            shown = (f"**{text}**" if text.startswith(f"{best}:") else text for text in shown)
-            name = next(row.name for k, row in ROWS.items() if k.partition("-")[0] == key)
-            lines.append(cells(name, ", ".join(shown)))
-    return "\n".join(lines) + "\n"
-
-
-def tries(folder):
-    """The kNN accuracy with the options that were tried for the row of our own: a log each, named after them."""
-    lines = ["| options | kNN |", "|---|---|"]
+    """The kNN accuracy of what was tried for a row, a log each named ROW-OPTIONS.csv; the best one in bold."""
+    found = {}
     for path in sorted(folder.glob("*.csv")):
-        lines.append(cells(f"`--{path.stem.replace('_', ' ')}`", f"{float(logs.read(path)[-1]['knn']):.1f}"))
-    return "\n".join(lines) + "\n"
+        row, _, what = path.stem.partition("-")
+        found.setdefault(row, {})[what.replace("_", " ")] = float(logs.read(path)[-1]["knn"])
+    table = []
+    for key, name in {key.partition("-")[0]: row.name for key, row in ROWS.items()}.items():
+        tried = found.get(key, {})
+        best = max(tried, key=tried.get, default=None)
+        shown = (f"**{what}: {knn:.1f}**" if what == best else f"{what}: {knn:.1f}" for what, knn in tried.items())
+        table += [[name, ", ".join(shown)]] if tried else []
+    return lines(["", "options: kNN"], table)
 
 
 def by_labels(folder):
-    """Of runs on some of the labels: method -> labels a class -> run."""
+    """Of runs on some of the labels: method -> labels per class -> run."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         run = results.read(path)
-        given = dict(pairwise(" ".join(run["commands"]).split()))
-        number = int(given.get("--labels-per-class") or given["--per-class"])
+        given = run["options"]
+        number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
         found.setdefault(run["row"], {})[number] = run
     return {row: dict(sorted(found[row].items())) for row in sorted(found, key=order)}
 
 
-def label_numbers(labelled):
-    return sorted({number for runs in labelled.values() for number in runs})
-
-
 def labels_table(labelled):
-    """Accuracy by the number of labels a class, a method a line."""
-    numbers = label_numbers(labelled)
-    lines = [cells("top-1 (kNN), labels a class:", *(f"{n:,}" for n in numbers)), "|---" * (len(numbers) + 1) + "|"]
+    """Accuracy by the number of labels per class, a method a line."""
+    numbers, table = sorted({number for runs in labelled.values() for number in runs}), []
     for row, runs in labelled.items():
         shown = []
         for number in numbers:
             run = runs.get(number)
-            # A run that knows no labels has all of them in kNN's bank: that compares with all labels alone.
-            alike = run and ("--labels-per-class" in run["commands"][0] or number == numbers[-1])
-            shown.append(f"{run['top1']:.1f}" + f" ({run['knn']:.1f})" * bool(alike) if run else "")
-        lines.append(cells(row, *shown))
-    return "\n".join(lines) + "\n"
-
-
-def cells(*values):
-    return f"| {' | '.join(str(value) for value in values)} |"
+            # A run without labels has all of them in kNN's bank: comparable only with the runs on all labels.
+            alike = run and (run["options"]["pretrain"].get("labels_per_class") or number == numbers[-1])
+            shown.append(f"{top1(run):.1f}" + f" ({run['knn']:.1f})" * bool(alike) if run else "")
+        own = any("top1" not in run for run in runs.values())
+        table.append([row + " (own classifier)" * own, *shown])
+    return lines(["top-1 (kNN), labels per class:", *(f"{n:,}" for n in numbers)], table)
 
 
 def grouped(runs):
     """Lists of runs that differ in nothing but the seed."""
     groups = {}
     for run in runs:
-        groups.setdefault((*alike(run), str(settings(run["commands"]))), []).append(run)
+        groups.setdefault((*alike(run), str(sorted(settings(run["options"]).items()))), []).append(run)
     return [group for _, group in sorted(groups.items())]
 
 
-def settings(commands):
-    """The options on which the result of a run's command lines depends: script -> option -> values."""
-    found = {}
-    for line in commands:
-        script, *words, _ = line.split()[1:]  # the data folder comes last
-        found[script] = {name: values for name, values in sorted(by_option(words).items()) if name not in ASIDE}
-    return found
-
-
-def published(row):
-    lines = [f"python {row.script} {row.options} --epochs {row.epochs} data/"]
-    return settings(lines + [f"python main_lincls.py {row.linear} data/"] * (row.linear is not None))
-
-
-def is_published(run, row):
-    """Is it this row of the table, nothing changed?"""
-    return run["row"] == row.name and settings(run["commands"]) == published(row)
-
-
-def difference(run):
-    """The options of a run that its method's first row does not have, in backquotes."""
-    row = published(next(row for row in ROWS.values() if row.name == run["row"]))
-    found = []
-    for script, given in settings(run["commands"]).items():
-        linear = script == "main_lincls.py"
-        for name, values in given.items():
-            if row.get(script, {}).get(name) != values and (linear or name != "--epochs"):
-                found.append(f"{'linear: ' * linear}`{' '.join([name, *values])}`")
-    return found
-
-
 def alike(run):
-    """What runs of one method have in common that differ in their options or seeds alone."""
-    return run["dataset"], run["arch"], run["epochs"], how(run), order(run["row"])
+    """What runs of one method have in common that differ only in their options or seeds."""
+    return run["dataset"], run["arch"], run["epochs"], *how(run), order(run["row"])
+
+
+def settings(options):
+    """(program, option) -> value, of the options that are given and that no column shows."""
+    found = {(program, name): value for program, given in options.items() for name, value in given.items()}
+    aside = {("pretrain", "epochs"), *((program, name) for program in options for name in ASIDE)}
+    return {key: value for key, value in found.items() if key not in aside and value not in (None, False)}
 
 
 def unlike(run, groups):
-    """The options that other runs of the same method, data, network, epochs and precision do not have."""
-    others = [difference(group[0]) for group in groups if alike(group[0]) == alike(run)]
-    return [text for text in difference(run) if not all(text in other for other in others)]
+    """The options that set a run apart: from its row, or if it is a small one from those of its method and epochs."""
+    alikes = [group[0]["options"] for group in groups if alike(group[0]) == alike(run)]
+    mine, differing = settings(run["options"]), set()
+    for programs in [recipe(row_of(run))] if is_full(run) else alikes:
+        other, common = settings(programs), programs.keys() & run["options"].keys()
+        differing |= {key for key in {*mine, *other} if key[0] in common and mine.get(key) != other.get(key)}
+    found = []
+    for program, name in sorted(differing, key=lambda key: (key[0] == "linear", key)):
+        value = mine.get((program, name))
+        values = [] if value is True or value is None else value if isinstance(value, list) else [value]
+        words = " ".join(map(str, [FLAGS.get(name, f"--{name.replace('_', '-')}"), *values]))
+        found.append(f"{'linear: ' * (program == 'linear')}{'no ' * (value is None)}`{words}`")
+    return found
 
 
-def knn(runs):
-    return spread([r["knn"] for r in runs if r.get("knn") is not None], 1)
+def row_of(run):
+    """The run's row of the table, for as many epochs if there is one."""
+    rows = [row for row in ROWS.values() if row.name == run["row"]]
+    return min(rows, key=lambda row: (row.dataset != run["dataset"], row.epochs != run["epochs"]))
 
 
 def is_full(run):
-    """Does the published network on the whole of CIFAR-10, not a row scaled down?"""
-    return (run["arch"], run["dataset"], run["images"]) == ("resnet50", "cifar10", 50_000)
-
-
-def on_gpu(run):
-    return not run["hardware"]["name"].startswith("cpu")
+    """Does the published network on the whole of CIFAR, not a row scaled down?"""
+    return run["arch"] == "resnet50" and run["dataset"].startswith("cifar") and run["images"] == 50_000
 
 
 def order(name):
-    return [row.name for row in ROWS.values()].index(name)
+    return NAMES.index(name)
+
+
+def views(run):
+    given = run["options"]["pretrain"]
+    chosen = [f"`--{name.replace('_', '-')}`" for name in VIEWS if given.get(name)]
+    return chosen[0] if chosen else "the script's views"
 
 
 def how(run):
-    words = run["commands"][0].split()
-    values = dict(pairwise(words))
-    return f"{values.get('--views', 'batched')}, {run.get('precision') or values.get('--precision', 'fp32')}"
+    given = run["options"]["pretrain"]
+    return [views(run), *["`--views pil`"] * (given.get("views") == "pil"), given["precision"]]
 
 
-def ours(runs):
-    """Cells: top-1 / top-5, hardware, time."""
-    if not runs:
-        return "", "", ""
-    scores = f"{spread([r['top1'] for r in runs], 1)} / {spread([r['top5'] for r in runs], 1)}"
-    minutes = statistics.mean(r["pretrain_seconds"] + r["linear_seconds"] for r in runs) / 60
-    device = sorted({f"{r['hardware']['device']}, {r['hardware']['cores']} cores" for r in runs})
-    return scores, "; ".join(device), f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+def top1(run):
+    """Of the linear classifier, or of cross entropy's own where there is no other, or None."""
+    return run.get("top1", run.get("classifier_top1"))
 
 
-def spread(values, digits):
+def spread(values, digits=1):
     if not values:
         return ""
     text = f"{statistics.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
 
 
-def draw(runs, folder):
-    """curves.png and embeddings.png: the methods side by side, a colour each; not the row of our own."""
-    methods = {row.name for row in ROWS.values() if row.published}
-    chosen = [group[0] for group in measured(runs) if group[0]["row"] in methods]
+def draw(groups, folder):
+    """curves.png and embeddings.png: the methods side by side with the same views, a colour each."""
+    chosen = {g[0]["row"]: g[0] for g in groups if g[0]["options"]["pretrain"].get("aug_plus")}.values()
     if len(chosen) < 2:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -319,6 +310,8 @@ def draw(runs, folder):
     plt.close(figure)
 
     drawn = [run for run in chosen if run.get("embedding")]
+    if not drawn:
+        return
     figure, axes = plt.subplots(-(-len(drawn) // 3), 3, figsize=(11, 3.9 * -(-len(drawn) // 3)), squeeze=False)
     for panel in axes.flat[len(drawn) :]:
         panel.axis("off")
@@ -326,7 +319,7 @@ def draw(runs, folder):
         points = run["embedding"]
         xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
         scatter(panel, xy, labels, points["classes"], legend=False)
-        panel.set_title(f"{run['row']}: {run['top1']:.1f} %", fontsize=10, color=f"C{order(run['row'])}")
+        panel.set_title(f"{run['row']}: {top1(run):.1f} %", fontsize=10, color=f"C{order(run['row'])}")
     handles = axes.flat[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=min(10, len(handles[1])), frameon=False, markerscale=3)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
@@ -335,14 +328,14 @@ def draw(runs, folder):
 
 
 def draw_labels(labelled, folder):
-    """labels.png: accuracy by the number of labels a class."""
+    """labels.png: accuracy by the number of labels per class."""
     if not labelled:
         return
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for row, runs in labelled.items():
-        axes.plot(list(runs), [run["top1"] for run in runs.values()], f"C{order(row)}o-", label=row)
-    numbers = label_numbers(labelled)
-    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1 in %")
+        axes.plot(list(runs), [top1(run) for run in runs.values()], f"C{order(row)}o-", label=row)
+    numbers = sorted({number for runs in labelled.values() for number in runs})
+    axes.set(xscale="log", xlabel="labels per class", ylabel="top-1 in %")
     axes.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
     axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -353,16 +346,12 @@ def draw_labels(labelled, folder):
 def speed(benches):
     if not benches:
         return "Not measured yet.\n"
-    lines = ["| | " + " | ".join(f"{b['hardware']['device']}, {b['hardware']['cores']} cores" for b in benches) + " |"]
-    lines.append("|---" * (len(benches) + 1) + "|")
+    table = []
     for key, title in FIGURES.items():
         digits = 0 if key == "images_per_second" else 2
-        lines.append(f"| {title} | " + " | ".join(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches) + " |")
-    for title, key in (("measured", "measured"), ("command", "command")):
-        lines.append(
-            f"| {title} | " + " | ".join(f"`{b[key]}`" if key == "command" else b[key] for b in benches) + " |"
-        )
-    return "\n".join(lines) + "\n"
+        table.append([title, *(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches)])
+    table += [["measured", *(b["measured"] for b in benches)], ["command", *(f"`{b['command']}`" for b in benches)]]
+    return lines(["", *(f"{b['hardware']['device']}, {b['hardware']['cores']} cores" for b in benches)], table)
 
 
 if __name__ == "__main__":

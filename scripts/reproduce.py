@@ -13,6 +13,7 @@ runs/NAME-SEED/, their logs and checkpoints included.
 import argparse
 import os
 import platform
+import resource
 import shlex
 import shutil
 import signal
@@ -30,22 +31,21 @@ import weights
 from moco import checkpoint, launch, logs, options
 from moco.errors import RunError, UsageError
 from moco.logs import say
-from picture import embedding
-from results import ROWS, SMALL_LINEAR
+from picture import LINEAR, embedding
+from results import ROOT, ROWS, SMALL_LINEAR
 
-ROOT = Path(__file__).resolve().parent.parent
 # Without a GPU: the same views, batch and classifier for all.
 SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
 # Of four each, by the kNN accuracy on training images held out: results/lr/.
-SMALL_LR = {"main_ce.py": "0.1", "main_supcon.py": "0.6", "main_moco.py": "0.06"}  # and for the label-aware rows:
-SMALL_LR_LABELS = "0.6"
+SMALL_LR = {"main_ce.py": "0.1", "main_moco.py": "0.06"}  # and 0.6 for the others
+SMALL_ROWS = ("ce", "supcon", "moco-200", "in-200", "out-1000", "suploss-1000")  # each method once
 
 
 def main():
     args = parse()
     try:
         if args.verify:
-            weights.verify(args.weights, args.results, args.data)
+            weights.verify(args.weights or ROOT / "pretrained", args.results, args.data)
             return
         for key in args.rows or ROWS:
             scores = []
@@ -56,8 +56,8 @@ def main():
                 else:
                     scores.append(reproduce(key, args, seed))
             if len(scores) > 1:
-                spread = statistics.stdev(scores)
-                say(f"{key}: top-1 {statistics.mean(scores):.2f} +- {spread:.2f} over seeds {args.seeds}")
+                mean, spread = statistics.mean(scores), statistics.stdev(scores)
+                say(f"{key}: top-1 {mean:.2f} +- {spread:.2f} over seeds {args.seeds}")
     except (UsageError, RunError) as error:
         launch.report_and_exit(error)
     except KeyboardInterrupt:
@@ -82,8 +82,8 @@ def parse():
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
-    text = "where the weights of small rows go (default: pretrained)"
-    add("--weights", type=Path, default=Path("pretrained"), metavar="DIR", help=text)
+    text = "write the run's encoder and classifier here, too (with --verify: where they are; default: pretrained)"
+    add("--weights", type=Path, metavar="DIR", help=text)
     text = "evaluate every file of --weights against its row in --results; no training"
     add("--verify", action="store_true", help=text)
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
@@ -105,8 +105,8 @@ def parse():
     ):
         args.data = args.rows.pop()
     unknown = [row for row in args.rows if row not in ROWS]
-    if args.small and not args.rows:  # each method once
-        args.rows = list({row.script: key for key, row in reversed(ROWS.items()) if row.published}.values())[::-1]
+    if args.small and not args.rows:
+        args.rows = list(SMALL_ROWS)
     if unknown or (not args.rows and not args.print and not args.verify):
         problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
@@ -117,49 +117,38 @@ def commands(key, args, seed, folder):
     """The command lines of a run, pretraining first; each a list of words."""
     row = ROWS[key]
     small = args.small and row.published  # the row of our own is small itself
-    scaled = ["-a", args.arch] if args.arch else []
-    common = ["--seed", str(seed), "--output-dir", str(folder)]
     pretrain = [*row.options.split(), "--epochs", str(row.epochs)]
     if small:
-        pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, SMALL_LR_LABELS)]
+        pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, "0.6")]
     if args.epochs:
         pretrain += ["--epochs", str(args.epochs)]
-    pretrain += [*scaled, *args.pretrain]
-    if args.per_class:
-        pretrain += ["--per-class", str(args.per_class)]
-    lines = [["python", row.script, *last_of_each(pretrain), *common, args.data]]
-    if row.linear:
-        smaller = SMALL_LINEAR.split() if small else []
-        linear = last_of_each([*row.linear.split(), *smaller, *scaled, *args.linear])
-        if args.per_class:
-            linear += ["--per-class", str(args.per_class)]
-        source = ["--pretrained", f"{folder}/checkpoint_last.pth.tar"]
-        lines.append(["python", "main_lincls.py", *linear, *source, *common, args.data])
-    return lines
+    linear = [*row.linear.split(), *(SMALL_LINEAR.split() if small else [])]
+    arch = ["-a", args.arch] if args.arch else []
+    part = ["--per-class", str(args.per_class)] if args.per_class else []
+    pretrain = last_of_each([*pretrain, *arch, *args.pretrain]) + part
+    linear = last_of_each([*linear, *arch, *args.linear]) + part
+    common = ["--seed", str(seed), "--output-dir", str(folder), args.data]
+    source = ["--pretrained", f"{folder}/{checkpoint.LAST}"]
+    return [["python", row.script, *pretrain, *common], ["python", "main_lincls.py", *linear, *source, *common]]
 
 
 def last_of_each(words):
     """Options with their values; of one that is given twice, the last."""
-    return [word for name, values in by_option(words).items() for word in (name, *values)]
-
-
-def by_option(words):
-    """The values of each option; of one that is given twice, the last."""
-    options = {}
+    found = {}
     for word in words:
         if word.startswith("-"):
-            options.pop(word, None)
-            options[name := word] = []
-        elif options:
-            options[name].append(word)
-    return options
+            found.pop(word, None)
+            found[name := word] = []
+        elif found:
+            found[name].append(word)
+    return [word for name, values in found.items() for word in (name, *values)]
 
 
 def reproduce(key, args, seed):
     """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
     if not Path(args.data).is_dir() and "--dataset" not in args.pretrain:
         raise UsageError(f"data folder '{args.data}' does not exist (make one, and CIFAR-10 is downloaded to it)")
-    pretrain = commands(key, args, seed, "")[0]
+    row, pretrain = ROWS[key], commands(key, args, seed, "")[0]
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
     name = args.name or f"{arch}-{epochs}ep" + (f"-{args.per_class}pc" if args.per_class else "")
     folder = args.runs / f"{key}-{name}-seed{seed}"
@@ -168,86 +157,93 @@ def reproduce(key, args, seed):
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
-    begun = train(folder, [shlex.join(command) for command in commands(key, args, seed, folder)])
-    result = collect(folder, ROWS[key].name, begun, seed, args.data)
-    part = args.per_class or "--labels-per-class" in args.pretrain or "--per-class" in args.linear
-    if (args.small or not ROWS[key].published) and not part:  # weights are those of all images and labels
-        path = args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
-        scores = {name: result[name] for name in ("top1", "top5")} | {
-            "epoch": (result["linear_epochs"] or int(epochs)) - 1
-        }
-        if written := weights.write(folder, scores, path):
-            result["weights"] = written
+    lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
+    begun = begin(folder, lines)
     path = args.results / f"{key}-{begun['hardware']['name']}-{name}-seed{seed}.json"
-    results.write(path, result)
-    say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result['knn']}")
+    train(folder, lines[0], begun)
+    if not (folder / LINEAR).exists():  # a run that is cut short from here on has a file, too
+        results.write_json(path, collect(folder, row, begun, seed))
+    train(folder, lines[1], begun)
+    result = collect(folder, row, begun, seed) | picture(folder, args.data)
+    if args.weights and seed == args.seeds[0]:
+        result["weights"] = weights.write(folder, result, args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar")
+    results.write_json(path, result)
+    say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result.get('knn')}")
     return result["top1"]
 
 
-def train(folder, lines):
-    """Runs a run's command lines, or what is left of them; returns how it was begun."""
-    begun = folder / "begun.json"
-    fresh = not begun.is_file()
-    if fresh:
-        results.write_json(begun, {"commands": lines, **conditions()})
-    facts = results.read_json(begun)
-    if facts.get("commands") != lines:
+def begin(folder, lines):
+    """How a run was begun, from its folder; RunError: with other options."""
+    path = folder / "begun.json"
+    if not path.is_file():
+        results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
+    begun = results.read_json(path)
+    if lines[: len(begun.get("commands", ""))] != begun.get("commands"):  # it may have been begun with fewer programs
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
-    for line in lines:
-        say(f"$ {line}")
-        command = shlex.split(line)
-        status = call([sys.executable, str(ROOT / command[1]), *command[2:], "--resume", "auto"])
-        if status > 128:
-            print(f"{command[1]} was stopped by a signal; the same command continues it", file=sys.stderr)
-            raise SystemExit(status)
-        if status == 2 and fresh and line == lines[0]:  # nothing has begun: what was wrong can be put right
-            begun.unlink()
-        if status:
-            more = "; the same command continues it" if status != 2 else ""
-            raise RunError(f"{command[1]} ended with status {status}{more}")
-    return facts
+    return begun | {"commands": lines}
 
 
-def collect(folder, row, begun, seed, data):
-    """The content of a finished run's file, from its logs and its last checkpoint."""
-    saved = checkpoint.load(folder / checkpoint.LAST)["options"]
+def train(folder, line, begun):
+    """Runs a command line of a run, or what is left of it, and adds its processor time to `begun`."""
+    say(f"$ {line}")
+    _, script, *words = shlex.split(line)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    status = call([sys.executable, str(ROOT / script), *words, "--resume", "auto"])
+    if "cpu_seconds" in begun:  # of all its processes, user and system
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(after[:2]) - sum(before[:2]), 1)
+    results.write_json(folder / "begun.json", begun)
+    if status > 128:
+        print(f"{script} was stopped by a signal; the same command continues it", file=sys.stderr)
+        raise SystemExit(status)
+    if status == 2 and not (folder / checkpoint.LAST).exists():  # nothing has begun: correct the options and repeat
+        (folder / "begun.json").unlink()
+    if status:
+        more = "; the same command continues it" if status != 2 else ""
+        raise RunError(f"{script} ended with status {status}{more}")
+
+
+def collect(folder, row, begun, seed):
+    """The content of a run's file, from its logs and its last checkpoints: without top1 before the linear evaluation."""
+    files = {"pretrain": folder / checkpoint.LAST, "linear": folder / LINEAR}
+    saved = {program: checkpoint.load(file)["options"] for program, file in files.items() if file.exists()}
     curve, linear = ([numbers(row) for row in logs.read(folder / name)] for name in ("log.csv", "linear.csv"))
-    scores = linear or [row for row in curve if row.get("top1") is not None]
-    best = max(scores, key=lambda row: row["top1"])
-    points, labels, classes = embedding(folder, data, most=1000)
-
-    def total(rows, column):
-        return round(sum(row.get(column) or 0 for row in rows), 1)
-
+    own, last = curve[-1], linear[-1] if linear else {}  # cross entropy has a classifier of its own
+    best = max(linear, key=lambda row: row["top1"], default={})
     result = {
-        "row": row,
+        "row": row.name,
         **begun,  # with its commands
+        "options": saved,
         "seed": seed,
-        **{name: saved[name] for name in ("arch", "precision", "images", "epochs", "batch_size")},
-        "dataset": dataset(saved),
+        **{name: saved["pretrain"][name] for name in ("arch", "precision", "images", "epochs", "batch_size")},
+        "dataset": dataset(saved["pretrain"]),
         "linear_epochs": len(linear),
-        "pretrain_seconds": total(curve, "seconds"),
-        "linear_seconds": total(linear, "seconds"),
-        "cpu_seconds": total(curve + linear, "cpu_seconds"),
+        "pretrain_seconds": round(sum(row["seconds"] for row in curve), 1),
+        "linear_seconds": round(sum(row["seconds"] for row in linear), 1),
         "images_per_second": round(statistics.median(row["images_per_second"] for row in curve), 1),
-        "top1": scores[-1]["top1"],
-        "top5": scores[-1]["top5"],
-        "best_top1": best["top1"],
-        "best_top5": best["top5"],
-        "knn": next((row["knn"] for row in reversed(curve) if row.get("knn") is not None), None),
+        **{name: last.get(name) for name in ("top1", "top5")},
+        **{f"best_{name}": best.get(name) for name in ("top1", "top5")},
+        **{f"classifier_{name}": own.get(name) for name in ("top1", "top5")},
+        "knn": next((row["knn"] for row in reversed(curve) if "knn" in row), None),
         "curve": curve,
-        "embedding": {
-            "x": [round(float(x), 1) for x in points[:, 0]],
-            "y": [round(float(y), 1) for y in points[:, 1]],
-            "label": labels.tolist(),
-            "classes": classes,
-        },
         "measured": time.strftime("%Y-%m-%d"),
     }
     now = conditions()
     if any(now[name] != begun.get(name) for name in now):
         result["ended_with"] = now  # another commit, machine or version than it began with
-    return result
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def picture(folder, data):
+    """t-SNE of 1,000 validation images."""
+    points, labels, classes = embedding(folder, data, most=1000)
+    x, y = ([round(float(value), 1) for value in column] for column in points.T)
+    return {"embedding": {"x": x, "y": y, "label": labels.tolist(), "classes": classes}}
+
+
+def numbers(row):
+    """A row of a log with numbers for text, without what was not measured."""
+    return {name: int(value) if name == "epoch" else float(value) for name, value in row.items() if value != ""}
 
 
 def conditions():
@@ -285,13 +281,6 @@ def dataset(saved):
     cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     is_cifar10 = saved["dataset"] == "imagefolder" and saved["classes"] == cifar10 and saved["image_size"] == 32
     return "cifar10" if is_cifar10 else saved["dataset"]
-
-
-def numbers(row):
-    """A row of a log with numbers for text, None for what was not measured."""
-    return {
-        name: None if value == "" else (int(value) if name == "epoch" else float(value)) for name, value in row.items()
-    }
 
 
 def describe_hardware():

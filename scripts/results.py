@@ -1,13 +1,19 @@
-"""The rows of the table, and the files of measured runs and benchmarks: one schema, written and read here."""
+"""The rows of the tables, and the files of measured runs and benchmarks."""
 
 import json
-import math
 import os
+import runpy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import torch
+
+from moco import options, pretrain
 from moco.errors import RunError
 
+ROOT = Path(__file__).resolve().parent.parent
 MOCO = "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2"  # two GPUs in one process
 LINEAR = "-a resnet50 --lr 1.0 -b 256"
 SUPCON_LINEAR = "-a resnet50 --recipe supcon"
@@ -20,119 +26,91 @@ PROTO = OWN.replace("--lr 0.3", "--lr 0.15")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its name, its script and options, and the published percentages; None: not published."""
+    """A row of the table: its name, scripts and options, and the published percentages; None: not published."""
 
     name: str
     script: str
     options: str
     epochs: int
-    linear: str | None
+    linear: str
     top1: float | None
     top5: float | None
+    batch: int = 256
+    dataset: str = "cifar10"
+    rerun: float | None = None  # top-1 of the reference's own run of another paper's row
 
     @property
     def published(self) -> bool:
         return self.top1 is not None
 
+    @property
+    def passes(self) -> int:
+        """Passes of an encoder per image and epoch. A backward pass counts two; the key encoder has none."""
+        return {"main_ce.py": 3, "main_supcon.py": 6}.get(self.script, 4)
+
+
+CE, SUPCON = ("SupCrossEntropy", "main_ce.py"), ("SupContrast", "main_supcon.py")
+IN, OUT = (("MoCo v2 + SupContrast_" + name, f"main_moco_{name.lower()}.py") for name in ("In", "Out"))
+SUPLOSS = ("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py")
+OF_100 = " --dataset cifar100"
 
 ROWS = {
-    "ce": Row("SupCrossEntropy", "main_ce.py", "-a resnet50", 500, None, 95.0, None),
-    "supcon": Row("SupContrast", "main_supcon.py", "-a resnet50", 1000, SUPCON_LINEAR, 96.0, None),
+    "ce": Row(*CE, "-a resnet50", 500, SUPCON_LINEAR, 95.0, None, 1024),
+    "supcon": Row(*SUPCON, "-a resnet50", 1000, SUPCON_LINEAR, 96.0, None, 1024, rerun=95.6),
     "moco-200": Row("MoCo v2", "main_moco.py", MOCO, 200, LINEAR, 87.4, 99.6),
-    "in-200": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 200, LINEAR, 95.4, 99.9),
+    "in-200": Row(*IN, MOCO, 200, LINEAR, 95.4, 99.9),
     "moco-1000": Row("MoCo v2", "main_moco.py", MOCO, 1000, LINEAR, 93.6, 99.8),
-    "in-1000": Row("MoCo v2 + SupContrast_In", "main_moco_in.py", MOCO, 1000, LINEAR, 96.1, 99.8),
-    "out-1000": Row("MoCo v2 + SupContrast_Out", "main_moco_out.py", MOCO, 1000, LINEAR, 96.1, 99.9),
-    "suploss-1000": Row("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py", MOCO, 1000, LINEAR, 96.0, 99.9),
-    "own": Row("MoCo v2 + SupContrast_In, own recipe", "main_moco_in.py", OWN, 100, SMALL_LINEAR, None, None),
+    "in-1000": Row(*IN, MOCO, 1000, LINEAR, 96.1, 99.8),
+    "out-1000": Row(*OUT, MOCO, 1000, LINEAR, 96.1, 99.9),
+    "suploss-1000": Row(*SUPLOSS, MOCO, 1000, LINEAR, 96.0, 99.9),
+    "own": Row("MoCo v2 + SupContrast_In, own recipe", IN[1], OWN, 100, SMALL_LINEAR, None, None),
     "proto": Row("MoCo v2 + In + prototypes", "main_moco_proto.py", PROTO, 100, SMALL_LINEAR, None, None),
+    "ce-cifar100": Row(*CE, "-a resnet50" + OF_100, 500, SUPCON_LINEAR + OF_100, 75.3, None, 1024, "cifar100"),
+    "supcon-cifar100": Row(*SUPCON, "-a resnet50" + OF_100, 1000, SUPCON_LINEAR + OF_100, 76.5, None, 1024, "cifar100"),
+    "out-cifar100": Row(*OUT, MOCO + OF_100, 1000, LINEAR + OF_100, 77.3, 93.0, 256, "cifar100"),
+    "suploss-cifar100": Row(*SUPLOSS, MOCO + OF_100, 1000, LINEAR + OF_100, 78.0, 93.2, 256, "cifar100"),
 }
-
-FIGURES = {
-    "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against all cores)",
-    "folder_ratio": "speed-up of decoding a JPEG once and cropping it twice to 224 pixels over two PIL views, one core",
-    "loop_over_bare": "speed of the training loop, relative to the bare encoders",
-    "loop_over_plain": "speed-up over the unoptimised loop",
-    "images_per_second": "images/s of the loop (GPU: ResNet-50, batch 256; CPU: ResNet-18, batch 128)",
-}
+NAMES = list(dict.fromkeys(row.name for row in ROWS.values()))
 
 
-def number(value, content=None):
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+@cache
+def recipe(row: Row) -> dict[str, dict]:
+    """The options of a row's programs, as the checkpoints of its run hold them: {"pretrain": {...}, "linear": {...}}."""
+    parsers = []
+
+    def main(model, description, method=options.MOCO, **defaults):
+        parsers.append(options.pretrain_parser(description, method, **defaults))
+
+    with mock.patch.object(pretrain, "main", main):  # a script's defaults stand in its call
+        runpy.run_path(str(ROOT / row.script), run_name="__main__")
+    with mock.patch("sys.argv", [row.script, *row.linear.split()]):
+        linear = options.linear_parser("").parse_args(row.linear.split())
+    given = ["--dataset", row.dataset, "--seed", "0", "--epochs", str(row.epochs), "data/"]
+    args = parsers[0].parse_args([*row.options.split(), *given])
+    found = options.plain(options.resolve_pretraining(args, torch.device("cpu"), "", {}))
+    return {"pretrain": found, "linear": options.plain(linear) | {"image_size": found["image_size"]}}
 
 
-def text(value, content=None):
-    return isinstance(value, str)
-
-
-def percent(value, content=None):
-    return number(value) and 0 <= value <= 100
-
-
-def hardware(value, content):
-    return isinstance(value, dict) and text(value.get("device")) and number(value.get("cores"))
-
-
-def row_name(value, content):
-    return value in [row.name for row in ROWS.values()]
-
-
-def command_lines(value, content):
-    return isinstance(value, list) and value and all(text(line) and len(line.split()) > 2 for line in value)
-
-
-def curve(value, content):
-    entries = value if isinstance(value, list) and len(value) == content["epochs"] else [None]
-    return all(
-        isinstance(e, dict) and number(e.get("loss")) and number(e.get("seconds")) and number(e.get("knn") or 0)
-        for e in entries
-    )
-
-
-def embedding(value, content):
-    points = [value.get(name) for name in ("x", "y", "label")] if isinstance(value, dict) else [None]
-    lists = all(isinstance(p, list) and all(number(v) for v in p) for p in points)
-    return lists and len({len(p) for p in points}) == 1 and isinstance(value.get("classes"), list)
-
-
-def weights(value, content):
-    return isinstance(value, dict) and text(value.get("file")) and text(value.get("sha256"))
-
-
-# What a file must have, and what each part of it is.
-RUN = dict(row=row_name, commands=command_lines, arch=text, dataset=text, top1=percent, top5=percent, hardware=hardware)
-RUN |= dict.fromkeys(["epochs", "images", "seed", "pretrain_seconds", "linear_seconds"], number) | dict(curve=curve)
-OPTIONAL = dict(knn=percent, embedding=embedding, cpu_seconds=number, weights=weights, folder_ratio=number)
-BENCH = dict.fromkeys(FIGURES.keys() - OPTIONAL.keys(), number) | dict(hardware=hardware, measured=text, command=text)
+NUMBER, SCORE = int | float, int | float | None
+# What a reader needs. top1 and top5 are missing until the linear evaluation is done.
+RUN = dict(row=str, commands=list, options=dict, arch=str, dataset=str, hardware=dict, curve=list)
+RUN |= dict(images=int, epochs=int, seed=int, pretrain_seconds=NUMBER, linear_seconds=NUMBER)
+RUN |= dict.fromkeys(["top1", "top5", "classifier_top1", "classifier_top5", "knn", "cpu_seconds"], SCORE)
+BENCH = dict(hardware=dict, measured=str, command=str, views_ratio=NUMBER)
 
 
 def is_bench(content):
-    return isinstance(content, dict) and "views_ratio" in content
-
-
-def check(content, path):
-    """RunError: the content is not that of a whole run or benchmark."""
-    bench, given = is_bench(content), content if isinstance(content, dict) else {}
-    schema = (BENCH if bench else RUN) | {n: right for n, right in OPTIONAL.items() if given.get(n) is not None}
-    for name, right in schema.items():
-        if not right(given.get(name), given):
-            kind = "benchmark" if bench else "run"
-            raise RunError(f"'{path}' is not the file of a whole {kind}: its {name} is missing or wrong")
+    return "views_ratio" in content
 
 
 def read(path):
-    """The content of a run's or a benchmark's file."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise RunError(f"'{path}' is no JSON (an interrupted run?): {error}") from None
-    check(content, path)
+    """The content of a run's or a benchmark's file; RunError: it was cut off, or an edit broke it."""
+    content = read_json(path)
+    for name, kind in (BENCH if is_bench(content) else RUN).items():
+        value = content.get(name)
+        if not isinstance(value, kind) or (name == "row" and value not in NAMES):
+            raise RunError(f"'{path}': '{name}' is missing or wrong")
     return content
-
-
-def write(path, content):
-    check(content, path)
-    write_json(path, content)
 
 
 def read_json(path):

@@ -10,34 +10,26 @@ from moco import checkpoint, datasets, evaluate, inference, launch
 from moco.batches import Centres
 from moco.errors import RunError, UsageError
 from moco.logs import say
+from picture import LINEAR
 
 TOLERANCE = 0.02  # in percent: two of 10,000 images
 KEPT = ["arch", "stem", "image_size", "mean", "std", "classes", "images", "dataset", "epochs", "batch_size", "seed"]
 
 
-def write(run: Path, scores: dict, path: Path) -> dict | None:
+def write(run: Path, result: dict, path: Path) -> dict:
     """Writes the last epoch's encoder and classifier of a finished run, and says where and with which checksum.
 
     Args:
-        run: the run's folder. scores: the last epoch's row, with top1 and top5. path: of the file, which stays as it is
-            if it holds a longer run's weights, or another seed's (then: None).
+        run: the run's folder. result: its top1, top5 and linear_epochs. path: of the file.
     """
-    pretraining = checkpoint.load(run / checkpoint.LAST)
+    pretraining, saved = checkpoint.load(run / checkpoint.LAST), checkpoint.load(run / LINEAR)
     kept = {name: pretraining["options"][name] for name in KEPT}
-    if path.exists():
-        there = checkpoint.load(path)["options"]
-        longer, other = there["epochs"] > kept["epochs"], there["seed"] != kept["seed"]
-        if longer or (other and there["epochs"] == kept["epochs"]):
-            return None
-    linear = run / "linear_last.pth.tar"
-    saved = checkpoint.load(linear) if linear.exists() else pretraining
     content = {
         "epoch": saved["epoch"],
         "arch": saved["arch"],
         "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved, run)),
-        "best": {name: scores[name] for name in ("top1", "top5", "epoch")},
-        # A classifier trained by cross entropy sees images as they are.
-        "options": kept | {"centre_crop": saved["options"].get("centre_crop", False)},
+        "best": {"top1": result["top1"], "top5": result["top5"], "epoch": result["linear_epochs"] - 1},
+        "options": kept | {"centre_crop": saved["options"]["centre_crop"]},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, content)
@@ -74,9 +66,11 @@ def verify(folder: Path, files: Path, data: str) -> None:
         if sha256(path) != row["weights"]["sha256"]:
             raise RunError(f"'{path}' is not the file that '{file}' names: its checksum differs")
         scores = accuracy(path, images, device)
-        same = all(abs(mine - row[name]) <= TOLERANCE for mine, name in zip(scores, ("top1", "top5"), strict=True))
+        # Weights of cross entropy from before it had a linear classifier hold its own.
+        filed = [row.get(name, row.get(f"classifier_{name}")) for name in ("top1", "top5")]
+        same = all(abs(mine - theirs) <= TOLERANCE for mine, theirs in zip(scores, filed, strict=True))
         wrong += [] if same else [path.name]
-        here, there = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, (row["top1"], row["top5"])))
+        here, there = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, filed))
         say(f"{path.name:<28} {here}  {'=' if same else 'differs from'} {there}  {file}")
     if wrong:
         raise RunError(f"other accuracies than on file: {', '.join(wrong)}")

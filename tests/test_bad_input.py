@@ -229,7 +229,8 @@ def test_scripts(run, tmp_path):
     refused(run("scripts/report.py", "--results", tmp_path / "nowhere"), 2, "nowhere")
     refused(run("scripts/report.py", "--pages", tmp_path / "nowhere"), 1, "nowhere")
     refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "nowhere/a.png"), 2, "nowhere")
-    refused(run("scripts/bench.py", "--out", tmp_path / "nowhere/a.json"), 2, "nowhere")
+    for name in ("--out", "--profile"):
+        refused(run("scripts/bench.py", name, tmp_path / "nowhere/a.json"), 2, "nowhere")
     torch.save({"state_dict": {}}, tmp_path / "checkpoint_last.pth.tar")
     refused(run("scripts/picture.py", tmp_path), 1, "not from this project")
     (tmp_path / "runs").touch()

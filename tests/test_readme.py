@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from conftest import ROOT, TINY
-from moco import logs
+from moco import checkpoint, logs
 
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
@@ -93,14 +93,16 @@ def test_the_tables_are_what_results_say(run):
     assert run("scripts/report.py", "--check").status == 0
 
 
-def on_file(row, **changes):
-    """What results/ holds of a run of two epochs."""
+def on_file(row, pretrain=None, linear=None, **changes):
+    """What results/ holds of a run of two epochs, with some options of its programs."""
     curve = [dict(epoch=e, loss=5.0 - e, lr=0.1, seconds=60.0, knn=40.0 if e else None) for e in range(2)]
     points = dict(x=[0.5, 1.5], y=[2.0, 3.0], label=[0, 1], classes=["cat", "dog"])
     numbers = dict(seed=0, images=50_000, epochs=2, pretrain_seconds=120.0, linear_seconds=30.0)
     scores = dict(top1=61.4, top5=95.0, best_top1=62.0, best_top5=96.0, knn=40.0)
     where = dict(hardware=dict(name="cpu2", device="Some CPU", cores=2), arch="resnet20", dataset="cifar10")
-    work = dict(commands=["python main_moco.py data/"], curve=curve, embedding=points)
+    pretrain = dict(aug_plus=True, views="batched", precision="bf16", moco_t=0.2) | (pretrain or {})
+    options = dict(pretrain=pretrain, linear=linear or dict(lr=0.1))
+    work = dict(commands=["python main_moco.py data/"], options=options, curve=curve, embedding=points)
     return {"row": row, **numbers, **scores, **where, **work, **changes}
 
 
@@ -121,27 +123,25 @@ def test_links_lead_somewhere():
 
 def test_nonsense_in_results_is_named(run, tmp_path):
     good = on_file("MoCo v2")
-    cases = [("{", "no JSON"), ("[]", "its row"), (json.dumps(good)[:-5], "no JSON")]
+    cases = [
+        ("{", "cannot be read"),
+        ("[]", "'row'"),
+        (json.dumps(good)[:-5], "cannot be read"),
+        ("7", "cannot be read"),
+    ]
     cases += [
-        (json.dumps({**good, name: value}), f"its {name} is missing or wrong")
+        (json.dumps({**good, name: value}), f"'{name}' is missing or wrong")
         for name, value in [
             ("row", "MoCo v3"),
             ("row", ["MoCo v2"]),
-            ("top1", 101),
             ("top1", "61.4"),
-            ("top5", float("nan")),
             ("seed", None),
-            ("commands", []),
-            ("commands", ["python"]),
+            ("options", ["lr"]),
             ("hardware", "Some CPU"),
-            ("curve", good["curve"][:1]),
-            ("curve", [{"epoch": 0}, {"epoch": 1}]),
-            ("knn", -1),
-            ("embedding", {"x": [1]}),
-            ("embedding", {**good["embedding"], "y": [1]}),
+            ("curve", 7),
         ]
     ]
-    cases += [(json.dumps({**good, "epochs": 3}), "its curve"), (json.dumps({"views_ratio": 5}), "benchmark")]
+    cases += [(json.dumps({"views_ratio": 5}), "'hardware'")]
     for content, says in cases:
         (tmp_path / "bad.json").write_text(content)
         done = run("scripts/report.py", "--check --results", tmp_path)
@@ -157,53 +157,96 @@ def test_a_report_of_two_methods(run, tmp_path):
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(content))
     (tmp_path / "labels").mkdir()
     for labels in (25, 400):
-        content = on_file("MoCo v2", commands=[f"python main_moco.py --labels-per-class {labels} data/"])
+        content = on_file("MoCo v2", pretrain=dict(labels_per_class=labels))
         (tmp_path / "labels" / f"{labels}.json").write_text(json.dumps(content))
     done = run("scripts/report.py", *words, "--check")
     assert done.status == 1 and "make report" in done.err
+    (pages / "README.md").write_text(README.replace("<!-- end of rows -->", ""))
+    done = run("scripts/report.py", *words)
+    assert done.status == 1 and "no page" in done.err and "markers of rows" in done.err
+    (pages / "README.md").write_text(README)
     done = run("scripts/report.py", *words)
     assert done.status == 0, done.err
     text = (pages / "docs/results.md").read_text()
     assert "| MoCo v2 | 61.4 (40.0) | 61.4 (40.0) |" in text and (tmp_path / "labels.png").exists()
-    assert "| MoCo v2 | cifar10 | resnet20 | 2 |" in text and "61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)" in text
-    assert "| MoCo v2 | 2 | 40.0 ± 0.0 (2 seeds) | 61.9 ± 0.7" in (pages / "README.md").read_text()
+    both = "40.0 ± 0.0 (2 seeds) | 61.9 ± 0.7 (2 seeds) / 95.0 ± 0.0 (2 seeds)"
+    assert f"| MoCo v2 | cifar10 | resnet20 | 2 | 8 | `--aug-plus`, bf16 | {both}" in text
+    assert "| SupContrast | cifar10 | resnet20 | 2 | 12 |" in text  # epochs, and passes of an encoder
+    assert f"| MoCo v2 | resnet20 | cifar10 | 2 | 8 | `--aug-plus`, bf16 | {both}" in (pages / "README.md").read_text()
     for name in ("curves", "embeddings"):
         assert f"results/{name}.png" in README + PAGES["results.md"]
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
     assert run("scripts/report.py", *words, "--check").status == 0
 
 
-def test_a_row_is_the_published_one_or_says_what_differs(run, tmp_path):
+def test_measured_and_published_side_by_side(run, tmp_path):
+    """ResNet-50 comes first, with what is published of its method; what differs from its row is said."""
+    import results
+
     pages = copied_pages(tmp_path)
 
-    def written(number, row, words, top1, seed=0, arch="resnet50"):
-        lines = run("scripts/reproduce.py", "--print", words, "--seeds", str(seed)).out.splitlines()
-        epochs = int(re.search(r"--epochs (\d+)", lines[0])[1])
-        curve = [dict(epoch=e, loss=5.0, lr=0.1, seconds=9.0, knn=None) for e in range(epochs)]
-        changes = dict(arch=arch, epochs=epochs, curve=curve, commands=lines, top1=top1, seed=seed)
-        (tmp_path / f"{number}.json").write_text(json.dumps(on_file(row, **changes)))
+    def written(number, key, top1, pretrain=None, linear=None, **changes):
+        row = results.ROWS[key]
+        given = {program: dict(options) for program, options in results.recipe(row).items()}
+        given["pretrain"] |= dict(precision="bf16", output_dir="elsewhere", workers=3) | (pretrain or {})
+        given["linear"] |= linear or {}
+        scores = dict(top1=top1) if top1 else {}
+        common = dict(arch=given["pretrain"]["arch"], epochs=row.epochs, dataset=row.dataset)
+        content = on_file(row.name, **common | changes, options=given) | scores
+        if not top1:
+            del content["top1"], content["top5"], content["options"]["linear"]
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
 
-    label_in, label_out = "MoCo v2 + SupContrast_In", "MoCo v2 + SupContrast_Out"
-    written(1, label_in, "in-200 --pretrain '--knn-freq 10'", 95.0)
-    written(2, label_in, "in-200", 95.2, seed=1)
-    written(3, label_in, "in-200 --pretrain '--lr 0.5' --linear '--wd 1e-6'", 90.0)
-    written(4, label_out, "out-1000 --epochs 200", 94.0)
-    written(5, label_out, "--small out-1000", 65.0, arch="resnet20")
-    written(6, label_out, "--small out-1000 --pretrain '--moco-t 0.1'", 66.0, arch="resnet20")
+    written(1, "in-200", 95.0, dict(knn_freq=10))
+    written(2, "in-200", 95.2, seed=1)
+    written(3, "in-200", 90.0, dict(lr=0.5, mlp=False), dict(weight_decay=1e-6))
+    written(4, "out-1000", 94.0, epochs=300)
+    written(5, "own", 94.4, dict(arch="resnet50"), arch="resnet50", predictions="results/predictions.npz")
+    written(6, "own", None, dict(arch="resnet50", moco_t=0.2), arch="resnet50", epochs=60, seed=3)
+    written(7, "suploss-cifar100", 70.5)
+    written(8, "ce", None, classifier_top1=94.5, classifier_top5=99.9)
+    written(9, "ce", 94.8, classifier_top1=94.7, classifier_top5=99.9, epochs=100)
     assert run("scripts/report.py", "--results", tmp_path, "--pages", pages).status == 0
-    text = "".join((pages / page).read_text() for page in ("README.md", "docs/results.md"))
-    assert f"| {label_in} | `main_moco_in.py` | 200 | 95.4 / 99.9 | 95.1 ± 0.1 (2 seeds) / 95.0" in text
-    assert f"| {label_in} | 200 | `--lr 0.5`, linear: `--wd 1e-6` | 40.0 | 90.0 / 95.0 |" in text
-    assert f"| {label_out} | 200 |  | 40.0 | 94.0 / 95.0 |" in text
-    small = f"| {label_out} | cifar10 | resnet20 | 60 | batched, bf16"
-    assert f"{small} | 40.0 | 65.0 / 95.0 |" in text and f"{small}, `--moco-t 0.1` | 40.0 | 66.0 / 95.0 |" in text
+    first = (pages / "README.md").read_text().split("<!-- end of rows -->")[0]
+    label_in, views = "MoCo v2 + SupContrast_In", "`--aug-plus`, bf16"
+    both = "40.0 ± 0.0 (2 seeds) | 95.1 ± 0.1 (2 seeds) / 95.0 ± 0.0 (2 seeds)"
+    every = "95.4 / 99.9 (200 epochs); 96.1 / 99.8 (1000 epochs)"
+    for line in (
+        f"| {label_in} | resnet50 | cifar10 | 200 | 800 | {views} | {both} | 95.4 / 99.9 |",
+        f"| {label_in} | resnet50 | cifar10 | 200 | 800 | {views}, `--lr 0.5`, no `--mlp`, linear: `--wd 1e-06` | 40.0 | 90.0 / 95.0 |",
+        f"| MoCo v2 + SupContrast_Out | resnet50 | cifar10 | 300 | 1200 | {views} | 40.0 | 94.0 / 95.0 | 96.1 / 99.9 (1000 ",
+        f"| {label_in}, own recipe | resnet50 | cifar10 | 100 | 400 | `--aug-mild`, bf16 | 40.0 | 94.4 / 95.0 | {every} |",
+        f"| {label_in}, own recipe | resnet50 | cifar10 | 60 | 240 | `--aug-mild`, bf16, `--moco-t 0.2` | 40.0 | kNN only |",
+        "| MoCo v2 + SupContrast_Suploss | resnet50 | cifar100 | 1000 | 4000 | `--aug-plus`, bf16 | 40.0 | 70.5 / 95.0 |",
+        "| (own classifier: 94.5 / 99.9) | 95.0 / - |",
+        "| 94.8 / 95.0 (own classifier: 94.7 / 99.9) | 95.0 / - (500 epochs) |",
+    ):
+        assert line in first, line
+
+
+def test_a_small_row_says_what_sets_it_apart(run, tmp_path):
+    pages = copied_pages(tmp_path)
+    cases = [("Out", 60, {}), ("Out", 60, dict(moco_t=0.1)), ("Out", 60, dict(moco_k=1, workers=1)), ("In", 20, {})]
+    cases += [("In", 40, dict(aug_plus=False, aug_mild=True))]
+    for number, (name, epochs, options) in enumerate(cases):
+        content = on_file(
+            f"MoCo v2 + SupContrast_{name}", pretrain=dict(moco_k=4096, workers=8) | options, epochs=epochs
+        )
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    assert run("scripts/report.py", "--results", tmp_path, "--pages", pages).status == 0
+    text = (pages / "README.md").read_text().split("<!-- end of rows -->")[0]
+    start = "| MoCo v2 + SupContrast_Out | resnet20 | cifar10 | 60 | 240 | `--aug-plus`, bf16"
+    for options in ("4096`, `--moco-t 0.2", "4096`, `--moco-t 0.1", "1`, `--moco-t 0.2"):
+        assert f"{start}, `--moco-k {options}` | 40.0" in text
+    assert "| MoCo v2 + SupContrast_In | resnet20 | cifar10 | 20 |" not in text  # a third of the longest
+    assert "| MoCo v2 + SupContrast_In | resnet20 | cifar10 | 40 | 160 | `--aug-mild`, bf16 |" in text
 
 
 def test_rows_and_recipes(run):
     """The commands that reproduce the table, against its specification."""
     done = run("scripts/reproduce.py", "--print")
     lines = done.out.splitlines()
-    assert len(lines) == 19  # cross entropy needs no linear evaluation
+    assert len(lines) == 28
     moco = [line for line in lines if line.startswith("python main_moco")]
     assert [re.search(r"main_(\w+)\.py .*--epochs (\d+)", line).groups() for line in moco] == [
         ("moco", "200"),
@@ -214,8 +257,11 @@ def test_rows_and_recipes(run):
         ("moco_suploss", "1000"),
         ("moco_in", "100"),
         ("moco_proto", "100"),
+        ("moco_out", "1000"),
+        ("moco_suploss", "1000"),
     ]
-    for line in moco[:-2]:
+    assert sum("--dataset cifar100" in line for line in lines) == 8
+    for line in moco[:6] + moco[8:]:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
     small = run("scripts/reproduce.py", "--small --print").out.splitlines()
     assert [line.split()[1] for line in small if "lincls" not in line] == [
@@ -231,7 +277,7 @@ def test_rows_and_recipes(run):
         result = json.loads(path.read_text())
         length = f"--epochs {result['epochs']}" if row == "own" else ""  # of which there are shorter runs, too
         lines = run("scripts/reproduce.py", "--small --print", row, length).out.splitlines()
-        for mine, line in zip(result["commands"], lines, strict=True):
+        for mine, line in zip(result["commands"], lines, strict=row != "ce"):  # which had one command then
             wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]
             assert mine.startswith(wanted + " "), path.name
     for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
@@ -248,39 +294,63 @@ def test_rows_and_recipes(run):
 
 def test_a_row_scaled_down(run, tmp_path):
     where = f"--runs {tmp_path}/runs --results {tmp_path}/results"
-    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1"
-    words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where]
-    done = run("scripts/reproduce.py", *words, f"--pretrain '{small}' --linear '--dataset digits --epochs 2 -b 32'")
+    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 --knn-freq 2"
+    words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where, f"--pretrain '{small}'"]
+    words.append("--linear '--dataset digits --epochs 2 -b 32'")
+    obstacle = tmp_path / "runs/in-200-tiny-seed0/linear_last.pth.tar.tmp"
+    obstacle.mkdir(parents=True)
+    assert "main_lincls.py ended with status 1; the same" in run("scripts/reproduce.py", *words).err
+    (path,) = (tmp_path / "results").iterdir()
+    cut = json.loads(path.read_text())  # a run that ends here has a file, too
+    assert "top1" not in cut and cut["knn"] > 0 and len(cut["curve"]) == 2 and list(cut["options"]) == ["pretrain"]
+    pages = copied_pages(tmp_path)
+    assert run("scripts/report.py", "--results", tmp_path / "results", "--pages", pages).status == 0
+    assert f"| {cut['knn']:.1f} | kNN only |" in (pages / "docs/results.md").read_text()
+
+    obstacle.rmdir()
+    done = run("scripts/reproduce.py", *words)
     assert done.status == 0, done.err
-    other = run("scripts/reproduce.py", *words, f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
+    other = run("scripts/reproduce.py", *words[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
     assert other.status == 2 and "begun with other options" in other.err
     for more, says in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
-        wrong = run("scripts/reproduce.py", words[0], where, f"nowhere --name wrong --pretrain '{more}'")
+        wrong = run("scripts/reproduce.py", "in-200", where, f"nowhere --name wrong --pretrain '{more}'")
         assert wrong.status in (1, 2) and says in wrong.err and "goes on" not in wrong.err
         assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()
-    (path,) = (tmp_path / "results").iterdir()
     result = json.loads(path.read_text())
     assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)
     assert len(result["curve"]) == 2 and len(result["commands"]) == 2 and 0 <= result["top1"] <= 100
-    for name in [
-        "commit",
-        "hardware",
-        "versions",
-        "seed",
-        "arch",
-        "dataset",
-        "batch_size",
-        "pretrain_seconds",
-        "linear_seconds",
-        "knn",
-    ]:
-        assert name in result
+    for program, name in (("pretrain", "checkpoint_last.pth.tar"), ("linear", "linear_last.pth.tar")):
+        saved = checkpoint.load(tmp_path / "runs/in-200-tiny-seed0" / name)["options"]
+        assert result["options"][program] == saved
+    assert result["options"]["pretrain"]["moco_k"] == 64 and result["options"]["linear"]["epochs"] == 2
+    scores = [float(row["top1"]) for row in logs.read(tmp_path / "runs/in-200-tiny-seed0/linear.csv")]
+    assert (result["top1"], result["best_top1"]) == (scores[-1], max(scores))
+    needed = "commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
+    assert not set(needed.split()) - set(result)
+
+    assert result["cpu_seconds"] > cut["cpu_seconds"] > 0.5  # of both programs, over restarts
 
 
-def test_the_bench_measures_the_loop():
+def test_a_run_goes_on_with_the_commands_that_it_was_begun_with(tmp_path):
+    import reproduce
+    from moco.errors import UsageError
+
+    assert reproduce.begin(tmp_path, ["python a"])["commands"] == ["python a"]
+    begun = reproduce.begin(tmp_path, ["python a", "python b"])  # cross entropy, before it had a linear evaluation
+    assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
+    with pytest.raises(UsageError, match="begun with other options"):
+        reproduce.begin(tmp_path, ["python b"])
+
+
+def test_the_bench_measures_the_loop(run, tmp_path):
     import bench
+    import report
 
     speed, clock = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3")
     assert speed > 0 and len(clock) == 3 + 1
-    plain, _ = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3", "--plain")
-    assert plain > 0
+    out = tmp_path / "bench.json"
+    assert run("scripts/bench.py", "--quick -a resnet20 -b 8 --rounds 1 --out", out).status == 0
+    figures = json.loads(out.read_text())
+    assert all(figures[name] > 0 for name in report.FIGURES) and figures["folder_crops_per_core"] > 0
+    assert run("scripts/bench.py", "-a resnet20 -b 8 --profile", tmp_path / "trace.json").status == 0
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from moco import checkpoint, encoders
+from moco import logs
 from test_bad_input import refused
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
@@ -44,6 +44,16 @@ def test_one_file_three_uses(run, rows, folder, tmp_path):
     done = run("scripts/reproduce.py", "--verify", where, data)
     assert done.status == 0 and len(done.out.splitlines()) == 2 and "differs" not in done.out, done.err
 
+    (path,) = files.glob("ce-*.json")
+    row, (log,) = json.loads(path.read_text()), tmp_path.glob("runs/ce-*/log.csv")
+    for name in ("top1", "top5"):  # cross entropy's own classifier, and a linear one on its frozen features
+        assert row[f"classifier_{name}"] == float(logs.read(log)[-1][name])
+        assert row[name] == float(logs.read(log.with_name("linear.csv"))[-1][name])
+    # Some files have only the former.
+    own = {"classifier_top1": row.pop("top1"), "classifier_top5": row.pop("top5")}
+    path.write_text(json.dumps(row | own))
+    assert run("scripts/reproduce.py", "--verify", where, data).status == 0
+
     (path,) = files.glob("in-*.json")
     row = path.read_text()
     path.write_text(json.dumps({**json.loads(row), "top1": json.loads(row)["top1"] / 2 + 20}))
@@ -71,18 +81,3 @@ def test_one_file_three_uses(run, rows, folder, tmp_path):
     refused(run("scripts/reproduce.py", "--verify", where, data), 1, "in-resnet20.pth.tar", "missing")
     shutil.rmtree(weights)
     refused(run("scripts/reproduce.py", "--verify", where, data), 2, "pretrained", "no weights")
-
-
-def test_a_longer_run_replaces_the_weights_of_a_shorter_one(tmp_path):
-    import weights
-
-    state = {f"module.encoder_q.{name}": value for name, value in encoders.resnet20(10).state_dict().items()}
-    file, seen = tmp_path / "pretrained/ce-resnet20.pth.tar", []
-    for epochs, seed in ((2, 0), (1, 0), (2, 1), (3, 1)):
-        known = dict.fromkeys(weights.KEPT) | dict(epochs=epochs, seed=seed)
-        content = dict(epoch=epochs, arch="resnet20", state_dict=state, options=known)
-        checkpoint.save(tmp_path / "run/checkpoint_last.pth.tar", content)
-        weights.write(tmp_path / "run", dict(top1=1.0, top5=5.0, epoch=epochs - 1), file)
-        saved = checkpoint.load(file)
-        seen.append((saved["options"]["epochs"], saved["options"]["seed"]))
-    assert seen == [(2, 0), (2, 0), (2, 0), (3, 1)]

@@ -7,9 +7,7 @@ Its table row:
     python main_ce.py -a resnet50 data/
 """
 
-from moco import options, pretrain
-from moco.baselines import CrossEntropy
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    recipe = dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None)
-    pretrain.main(CrossEntropy, __doc__, options.CROSS_ENTROPY, **recipe)
+    pretrain.main(methods.CROSS_ENTROPY, __doc__)

@@ -13,22 +13,20 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, logs, options
+from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, options
 from moco.batches import Batches, Centres
+from moco.checkpoint import BEST, LINEAR
 from moco.datasets import Split
-from moco.epoch import Record, autocast, resume, set_learning_rate
-from moco.errors import RunError, UsageError
-from moco.logs import say
-from moco.signals import Interruption
+from moco.errors import RunError, UsageError, say
+from moco.options import Options
+from moco.run import Run, lock, set_learning_rate
 
-LAST, BEST = "linear_last.pth.tar", "model_best.pth.tar"
 COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds"]
 
 
@@ -39,13 +37,13 @@ def main() -> None:
 
 def evaluate_linear(args: Namespace, device: torch.device) -> None:
     """Evaluates, or trains while no other linear evaluation may use the output folder."""
-    with nullcontext() if args.evaluate else checkpoint.lock(args.output_dir, "linear"):
+    with nullcontext() if args.evaluate else lock(args.output_dir, "linear"):
         prepare(args, device)
 
 
 def prepare(args: Namespace, device: torch.device) -> None:
     """Loads encoder and images, then evaluates or trains a classifier."""
-    args.resume = checkpoint.find(args.resume, args.output_dir, device, LAST)
+    args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR)
     source, saved, weights = read(args)
     args = options.resolve_linear(args, device, source, saved, weights)
 
@@ -73,19 +71,19 @@ def prepare(args: Namespace, device: torch.device) -> None:
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
         return
     if args.resume:
-        checkpoint.compare_options(saved["options"], vars(args), source)
+        checkpoint.compare_options(saved["options"], args, source)
     split = load(True, per_class=args.per_class)
     if len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
-    args.images, args.classes = len(split), split.classes
-    args.compile = options.compiles(args, -(-len(split) // args.batch_size), device)
+    args = options.complete(args, split, -(-len(split) // args.batch_size), device)
     # A program for each of the few sizes that batches have, the last one included.
     network = torch.compile(backbone, dynamic=False) if args.compile else backbone
 
     def features(images):
-        with torch.no_grad(), autocast(device, args.precision):
+        bf16 = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        with torch.no_grad(), bf16:
             return network(images).float()
 
     train(args, device, encoder, features, validate, split, source, saved)
@@ -121,7 +119,7 @@ def check_source(weights: dict[str, Tensor], pretrained: dict[str, Tensor], args
 
 
 def train(
-    args: Namespace,
+    args: Options,
     device: torch.device,
     encoder: nn.Module,
     features: Callable[[Tensor], Tensor],
@@ -131,7 +129,7 @@ def train(
     saved: dict,
 ) -> None:
     """Trains `encoder.fc` on the frozen features, and validates it after each epoch."""
-    classifier = encoder.fc
+    classifier, best, counts = encoder.fc, None, None
     batches = Batches(
         split,
         [replace(args.train_views, size=args.image_size)],
@@ -147,27 +145,36 @@ def train(
     )
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr, **sgd)
-    record, first_epoch, best, counts = Record(len(batches), device), args.start_epoch, None, None
+    sizes = dict(epochs=args.epochs, steps=len(batches), images=len(split), batch_size=args.batch_size)
+    advice = f"try a lower --lr than {args.lr:g}"
+    run = Run(args.output_dir, "linear", LINEAR, COLUMNS, args.print_freq, device, advice, **sizes)
+    run.epoch = args.start_epoch
     if args.resume:
-        first_epoch, best = resume(saved, source, optimizer, record), saved["best"]
-        if first_epoch < args.epochs:
-            say(f"going on with epoch {first_epoch} of '{source}'")
+        run.resume(saved, optimizer, source)
+        best = saved["best"]
+        if run.epoch < args.epochs:
+            say(f"going on with epoch {run.epoch} of '{source}'")
     else:
         torch.manual_seed(args.seed)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
-    log = logs.Log(args.output_dir, "linear", COLUMNS, first_epoch)
     say(
         f"linear classifier of {len(split.classes)} classes on {args.arch} from '{source}': {len(split):,} images, "
         f"{len(batches)} steps an epoch"
     )
-    with Interruption() as interruption, checkpoint.Writer() as writer, closing(batches):
-        stop = False
-        for epoch in range(first_epoch, args.epochs):
+
+    def save(epoch: int, more: dict) -> None:
+        """`epoch` epochs are complete; `more`: the last one's confusion matrix, or what a begun one has seen so far."""
+        checkpoint.check_finite(classifier.state_dict(), f"after {epoch} epochs")
+        content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(encoder.state_dict()))
+        content |= dict(optimizer=optimizer.state_dict(), best=best, options=options.plain(args))
+        run.save(content | more, BEST if "confusion" in more and best["epoch"] == epoch - 1 else None)
+
+    with run, closing(batches):
+        for epoch in range(run.epoch, args.epochs):
             lr = args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
             set_learning_rate(optimizer, lr)
-            progress = logs.Progress(epoch, args.epochs, len(split), args.batch_size, record)
-            for step, ((images,), labels, _) in progress.waited_for(batches.epoch(epoch, record.shown)):
+            for step, ((images,), labels, _) in run.steps(batches.epoch(epoch, run.step)):
                 # Summed over this process's rows, divided by the global batch: the last one may not be shared equally.
                 batch = min(args.batch_size, len(split) - step * args.batch_size)
                 loss = F.cross_entropy(classifier(features(images)), labels, reduction="sum") / batch
@@ -176,20 +183,14 @@ def train(
                 for parameter in classifier.parameters():
                     distributed.all_sum(parameter.grad)
                 optimizer.step()
-
-                record.add(step, loss * distributed.world_size())  # the mean of these is the global batch's
-                done = step + 1
-                if done % args.print_freq == 0 or done == len(batches) or interruption.alone:
-                    stop = record.look(done, epoch, interruption, f"try a lower --lr than {args.lr:g}")
-                    progress.show(done, Loss=f"{record.losses[:done].mean():.4f}", lr=f"{lr:.4g}")
-                    if stop and done < len(batches):
-                        progress.close()
-                        begun = record.state(progress.spent())
-                        save(writer, encoder, optimizer, epoch, best, args, begun)
-                        interruption.leave(writer, f"in epoch {epoch} after step {done}")
-            progress.close()
-            row = record.unevaluated or dict(lr=lr, images_per_second=progress.images_per_second, **record.averages())
-            save(writer, encoder, optimizer, epoch, best, args, record.state(progress.spent(), row))
+                run.add(step, loss * distributed.world_size())  # the mean of these is the global batch's
+                if run.due(step):
+                    run.sync(step, lr)
+                    if run.stopping and step + 1 < len(batches):
+                        save(epoch, run.state())
+                        run.exit_saved()
+            row = run.summary()
+            save(epoch, run.state(row))  # before the evaluation: one that fails costs no epoch
             top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
@@ -198,43 +199,15 @@ def train(
                 f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, "
                 f"top-5 {best['top5']:.2f} (epoch {best['epoch']})"
             )
-            row["seconds"] = progress.spent()
-            log.add(epoch, **row)
-            save(writer, encoder, optimizer, epoch + 1, best, args, {"confusion": confusion})
-            if stop:
-                interruption.leave(writer, f"after epoch {epoch}")
-            record.restart(progress.spent() - row["seconds"])
-    log.close()
+            run.log(row)
+            save(epoch + 1, {"confusion": confusion})
+            if run.stopping:
+                run.exit_saved()
     if best is None:
-        raise UsageError(f"no epoch to train: {first_epoch} of {args.epochs} are done")
+        raise UsageError(f"no epoch to train: {run.epoch} of {args.epochs} are done")
     if counts is not None:
         say(evaluate.worst_classes(counts, split.classes))
     say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
-
-
-def save(
-    writer: checkpoint.Writer,
-    encoder: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    best: dict | None,
-    args: Namespace,
-    more: dict,
-) -> None:
-    """`epoch` epochs are complete; `more`: the last one's confusion matrix, or what a begun one has seen so far."""
-    checkpoint.check_finite(encoder.fc.state_dict(), f"after {epoch} epochs")
-    if distributed.rank() != 0:
-        return
-    content = {
-        "epoch": epoch,
-        "arch": args.arch,
-        "state_dict": checkpoint.with_prefix(encoder.state_dict()),
-        "optimizer": optimizer.state_dict(),
-        "best": best,
-        "options": options.plain(args),
-    }
-    is_best = "confusion" in more and best["epoch"] == epoch - 1
-    writer.save(Path(args.output_dir, LAST), content | more, BEST if is_best else None)
 
 
 if __name__ == "__main__":

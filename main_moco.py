@@ -8,8 +8,7 @@ with s(i, a) = q_i . a / T and k_i the query's own key. Row "MoCo v2" of the tab
       --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2 data/
 """
 
-from moco import pretrain
-from moco.builder import MoCo
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    pretrain.main(MoCo, __doc__)
+    pretrain.main(methods.MOCO, __doc__)

@@ -8,8 +8,7 @@ with s(i, a) = q_i . a / T, A the step's keys and the queue, P(i) those with the
       --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2 data/
 """
 
-from moco import pretrain
-from moco.builder import MoCoIn
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    pretrain.main(MoCoIn, __doc__)
+    pretrain.main(methods.IN, __doc__)

@@ -8,8 +8,7 @@ with L_i^In as in main_moco_in.py and s(i, c) = q_i . c / T, prototypes being L2
       --mlp --moco-t 0.1 --aug-mild --cos --warm-up 1 data/
 """
 
-from moco import options, pretrain
-from moco.builder import MoCoProto
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    pretrain.main(MoCoProto, __doc__, options.PROTO)
+    pretrain.main(methods.PROTO, __doc__)

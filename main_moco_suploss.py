@@ -9,8 +9,7 @@ batch, and the queue; P(i) those with the query's label. Its table row:
       --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 2 data/
 """
 
-from moco import pretrain
-from moco.builder import MoCoSupLoss
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    pretrain.main(MoCoSupLoss, __doc__)
+    pretrain.main(methods.SUPLOSS, __doc__)

@@ -9,8 +9,7 @@ with its label. Its table row:
     python main_lincls.py --recipe supcon --pretrained checkpoint_0999.pth.tar data/
 """
 
-from moco import options, pretrain
-from moco.baselines import SupContrast
+from moco import methods, pretrain
 
 if __name__ == "__main__":
-    pretrain.main(SupContrast, __doc__, options.SUPCON, batch_size=1024, lr=0.5, cos=True, warm_up=None)
+    pretrain.main(methods.SUPCON, __doc__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
+SMALL = 64  # pixels: views up to this side are CIFAR's and its like, larger ones ImageNet's
 ATTEMPTS = 10  # of RandomResizedCrop, to find a crop that fits into the image
 GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
 
@@ -398,7 +399,7 @@ class Centre:
 
     def sides(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width after resizing, and where the centre begins in each."""
-        short = round(self.size * (9 / 8 if self.size <= 64 else 256 / 224)) if self.crop else self.size
+        short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
         sides = [short * side // min(height, width) for side in (height, width)]
         return [(side, round((side - self.size) / 2)) for side in sides]
 

@@ -21,10 +21,6 @@ class SupContrast(nn.Module):
         base_encoder, dim, T, bn_splits: see MoCo; the head has two layers.
     """
 
-    labelled = True
-    classifies = False
-    shuffle_keys = False
-
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, *, bn_splits: int = 1):
         super().__init__()
         self.T, self.bn_splits = T, bn_splits
@@ -71,11 +67,7 @@ class SupContrast(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """The encoder with a linear layer, trained by cross entropy. `classifies`: it is evaluated as it is."""
-
-    labelled = True
-    classifies = True
-    shuffle_keys = False
+    """The encoder with a linear layer, trained by cross entropy."""
 
     def __init__(self, base_encoder: Callable[..., nn.Module], classes: int, *, bn_splits: int = 1):
         super().__init__()

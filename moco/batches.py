@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from moco import augment, distributed
 from moco.datasets import PathArray, Split, pixels
 from moco.errors import WORKER_DIED, RunError, UsageError
-from moco.signals import ignore_signals
+from moco.run import ignore_signals
 
 # What a random choice is for: part of its seed, so that no two choices share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
@@ -207,7 +207,6 @@ def load(
             raise RunError(
                 f"{SHARED_MEMORY} has {free >> 20} MiB free, and {workers * processes} data-loading workers need "
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
-                alone=True,
             )
     loader = DataLoader(
         dataset,
@@ -226,7 +225,7 @@ def load(
                 raise made
             yield made
     except (OSError, EOFError):  # a worker was killed while it handed over a batch
-        raise RunError(WORKER_DIED, alone=True) from None
+        raise RunError(WORKER_DIED) from None
     finally:
         if workers:
             iterator._shutdown_workers()

@@ -25,10 +25,6 @@ class MoCo(nn.Module):
             many processes; Shuffling BN then works in one process too.
     """
 
-    labelled = False  # does forward take labels?
-    classifies = False  # is the encoder itself a classifier?
-    shuffle_keys = True  # see batches.Batches
-
     def __init__(
         self,
         base_encoder: Callable[..., nn.Module],
@@ -56,7 +52,7 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, im_q: Tensor, im_k: Tensor, *, order: Tensor | None = None) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, order: Tensor | None = None) -> Tensor:
         """
         Args:
             im_q: (N, 3, H, W) float, this process's query views.
@@ -127,14 +123,13 @@ class LabelAwareMoCo(MoCo):
     Where an objective leaves rows out, it ends in `mean_over_rows`.
     """
 
-    labelled = True
     loss: Callable[[Tensor, Tensor], Tensor]  # of logits and positives, see moco.losses
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.register_buffer("label_queue", torch.full((self.K,), UNLABELLED, dtype=torch.long))
 
-    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor, *, order: Tensor | None = None) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
         """As MoCo.forward; labels: (N,) int64 of this process's queries, -1 for an image that matches nothing."""
         # compute key and query features
         k, order = self.keys(im_k, order)  # keys: NxC, shuffled

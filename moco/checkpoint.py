@@ -3,17 +3,12 @@ and what resuming needs besides. A checkpoint is data, not a program: it is load
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import pickle
 import shutil
-import socket
-import time
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,95 +17,12 @@ import torch
 from torch import nn
 
 from moco import distributed, encoders
-from moco.errors import RunError, UsageError
-from moco.logs import say
+from moco.errors import RunError, UsageError, say
 
 LAST = "checkpoint_last.pth.tar"
+LINEAR, BEST = "linear_last.pth.tar", "model_best.pth.tar"  # of the linear evaluation
 PREFIX = "module."
 COUNTER = ".num_batches_tracked"
-PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
-
-# Options that a resumed run cannot change without becoming another run.
-FIXED = [
-    "objective",
-    "arch",
-    "stem",
-    "image_size",
-    "dataset",
-    "mean",
-    "std",
-    "batch_size",
-    "seed",
-    "aug_plus",
-    "aug_mild",
-    "aug_crop",
-    "nesterov",
-    "no_bias_decay",
-    "ema",
-    "mlp",
-    "moco_dim",
-    "moco_k",
-    "moco_m",
-    "moco_t",
-    "dim",
-    "temp",
-    "groups",
-    "per_class",
-    "labels_per_class",
-    "holdout",
-    "recipe",
-]
-# Those of them that an older checkpoint does not have: its run went without.
-LATER = {"labels_per_class": None, "ema": None}
-LATER |= dict.fromkeys(["aug_mild", "aug_crop", "nesterov", "no_bias_decay"], False)
-# Options that may change, but not silently.
-ANNOUNCED = ["epochs", "lr", "schedule", "momentum", "weight_decay", "cos", "warm_up", "precision"]
-
-
-@contextlib.contextmanager
-def lock(folder: str | Path, name: str) -> Iterator[None]:
-    """Keeps every other run that writes FOLDER/NAME.csv and its checkpoints out of the folder. Only rank 0 holds it.
-
-    The kernel releases it when that process ends, however it ends; child processes do not inherit it.
-
-    Raises:
-        RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
-    """
-    if distributed.rank() != 0:
-        yield
-        return
-    path = Path(folder, f"{name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115  not truncated: it may be another run's
-    except OSError as error:
-        raise RunError(f"'{error.filename}' cannot be written: {error.strerror}", alone=True) from None
-    with file:
-        acquire(file, path)
-        yield
-
-
-def acquire(file, path: Path) -> None:
-    """Locks the open file and writes this process's place into it."""
-    for second in range(PATIENCE + 1):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            return
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise RunError(f"'{path}' cannot be written: {error.strerror}", alone=True) from None
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                say(f"note: '{path.parent}' cannot be locked ({error.strerror}): start no second run in it")
-                return
-        file.seek(0)
-        place = file.read().decode(errors="replace").strip() or "another run"
-        if second == 0:
-            say(f"note: {place} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
-        if second < PATIENCE:
-            time.sleep(1)
-    raise RunError(f"{place} is using '{path.parent}': wait for it to end, or choose another --output-dir", alone=True)
 
 
 def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
@@ -159,10 +71,7 @@ def on_host(content: Any) -> Any:
 
 
 class Writer:
-    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch.
-
-    A context manager: what is being written when it is left is written to its end.
-    """
+    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch."""
 
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
@@ -188,12 +97,10 @@ class Writer:
         if self.writing:
             self.writing.result()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *error):
+    def close(self, failed: bool) -> None:
+        """Writes what is being written to its end; `failed`: after another error, so that this one's is not raised."""
         self.thread.shutdown()
-        if kind is None:
+        if not failed:
             self.finish()
 
 
@@ -336,30 +243,31 @@ def compare_data(saved: dict, images: int, classes: list[str], path: str) -> Non
         say(f"note: the training images were {there} and are now {images}")
 
 
-def compare_options(options: dict, now: dict, path: str) -> None:
-    """UsageError if an option has changed that a resumed run must keep; announces the change of others."""
+def compare_options(saved: dict, args: Namespace, path: str) -> None:
+    """UsageError if a resumed run has changed an option that it must keep; announces the change of others.
 
-    def flag(name):
-        name = {"weight_decay": "wd", "groups": "bn-splits"}.get(name, name)
-        return f"--{name.replace('_', '-')}"
-
-    def differ(names):
-        return [(n, options[n], now[n]) for n in names if n in options and n in now and options[n] != now[n]]
-
-    if options.get("views") == "pil":
+    `saved`: the checkpoint's options. Which options matter is said where they are declared, see options.Parser.
+    """
+    if not saved:  # another program's checkpoint
+        return
+    if saved.get("views") == "pil":
         raise UsageError(f"checkpoint '{path}' was trained with --views pil, which is gone: it cannot be resumed")
-    options = LATER | options if options else {}
-    for name, there, here in differ(FIXED):
-        if name == "objective":
-            raise UsageError(f"checkpoint '{path}' was trained with {there}, this script trains {here}")
-        if name == "groups":
-            raise UsageError(
-                f"checkpoint '{path}' was trained with batch norm over {there} groups (--bn-splits times processes), "
-                f"this run has {here}"
-            )
-        raise UsageError(f"checkpoint '{path}' was trained with {flag(name)} {there}, this run has {here}")
-    for name, there, here in differ(ANNOUNCED):
-        say(f"note: {flag(name)} was {there} and is now {here}")
+    now = vars(args)
+    if saved.get("objective") != now.get("objective"):
+        raise UsageError(
+            f"checkpoint '{path}' was trained with {saved['objective']}, this script trains {args.objective}"
+        )
+    if saved.get("groups") != now.get("groups"):
+        raise UsageError(
+            f"checkpoint '{path}' was trained with batch norm over {saved['groups']} groups (--bn-splits times "
+            f"processes), this run has {args.groups}"
+        )
+    for name, (flag, must_keep, default) in args.when_resumed.items():
+        then = saved.get(name, default)
+        if then != now[name] and must_keep:
+            raise UsageError(f"checkpoint '{path}' was trained with {flag} {then}, this run has {now[name]}")
+        if then != now[name]:
+            say(f"note: {flag} was {then} and is now {now[name]}")
 
 
 def encoder_weights(saved: dict, path: str | Path) -> dict:

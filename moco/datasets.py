@@ -19,8 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from moco import distributed
-from moco.errors import RunError, UsageError
-from moco.logs import say
+from moco.errors import RunError, UsageError, say
 from moco.losses import UNLABELLED
 
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -231,7 +230,6 @@ def cifar(name: str, folder: str, train: bool) -> Split:
         title = "CIFAR-10" if name == "cifar10" else "CIFAR-100"
         raise RunError(
             f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}",
-            alone=True,
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -333,8 +331,8 @@ def announce(skipped: Counter, root: str | Path) -> None:
         say(f"note: skipped in '{root}': {kinds} (convert them to one of {' '.join(IMG_EXTENSIONS)})")
 
 
-def open_image(path: str, alone: bool = True) -> Image.Image:
-    """A PIL image in RGB; RunError names a file that cannot be read. `alone`: other processes open other images.
+def open_image(path: str) -> Image.Image:
+    """A PIL image in RGB; RunError names a file that cannot be read.
 
     Of an animation it is the first frame. EXIF orientation is not applied, as in torchvision: published encoders were
     trained on the pixels as they are stored.
@@ -344,7 +342,7 @@ def open_image(path: str, alone: bool = True) -> Image.Image:
             return rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly everything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"image '{path}' cannot be read: {reason}", alone=alone) from None
+        raise RunError(f"image '{path}' cannot be read: {reason}") from None
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -361,13 +359,13 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def decode(paths: list[str], title: str) -> torch.Tensor | None:
     """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they stay in their files."""
-    width, height = open_image(paths[0], alone=False).size
+    width, height = open_image(paths[0]).size
     if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
         return None
     images = np.empty((len(paths), height, width, 3), np.uint8)
 
     def read(i):
-        image = open_image(paths[i], alone=False)
+        image = open_image(paths[i])
         if image.size != (width, height):
             return False
         images[i] = image

@@ -1,4 +1,11 @@
-"""Errors that a user can fix: one line on stderr, never a traceback."""
+"""What a user reads: lines on stdout from rank 0, and errors that can be fixed, one line on stderr, no traceback."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+from moco import distributed
 
 WORKER_DIED = "a data-loading worker died (out of memory, or of /dev/shm?): try a smaller -j"
 
@@ -14,10 +21,19 @@ class RunError(Exception):
 
     status = 1
 
-    def __init__(self, text: str, alone: bool = False):
-        """`alone`: perhaps only this process has the error, so it prints it itself."""
-        super().__init__(text)
-        self.alone = alone
+
+def say(text: str) -> None:
+    """Prints a line on stdout, on rank 0 only. RunError: stdout is a closed pipe or a full disk."""
+    if distributed.rank() != 0:
+        return
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # names of classes and files can be anything
+        sys.stdout.flush()
+    except OSError as error:
+        # What is still buffered must go somewhere when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunError(f"stdout cannot be written: {error.strerror}") from None
 
 
 def one_line(text: object) -> str:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco import distributed, logs
-from moco.errors import WORKER_DIED, RunError, UsageError, one_line
+from moco import distributed
+from moco.errors import WORKER_DIED, RunError, UsageError, one_line, say
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIST_URL = "tcp://localhost:10001"
@@ -62,7 +62,7 @@ def inherited(environment: Mapping[str, str], **options) -> dict[str, str]:
     given = [name for name in unset if options.get(name, unset[name]) != unset[name]]
     if given and process["RANK"] == "0":
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        logs.say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK say which process this is")
+        say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK say which process this is")
     return process
 
 

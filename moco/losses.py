@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HEALTH = ("accuracy", "positive_similarity", "negative_similarity", "positives")  # what contrast_health computes
 UNLABELLED = -1  # matches nothing: the label of an image without one, and of a queue slot that was never filled
 
 
@@ -116,8 +117,8 @@ def reduced(loss: Tensor, counted: Tensor, reduction: str) -> Tensor | tuple[Ten
 def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contrast: Tensor | None = None) -> Tensor:
     """Shows whether a loss near log K is normal, as a (4,) float32 tensor.
 
-    In order: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
-    to the positives, to the negatives, and mean number of positives a query.
+    In the order of HEALTH: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
+    to the positives, to the negatives, and mean number of positives per query.
     """
     logits = logits.detach().float()
     if contrast is None:

@@ -6,21 +6,18 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
-from moco import augment, checkpoint, datasets, distributed, logs
-from moco.epoch import moco_learning_rate, supcon_learning_rate
-from moco.errors import RunError, UsageError, one_line
+from moco import augment, checkpoint, datasets, distributed
+from moco.errors import RunError, UsageError, one_line, say
 from moco.launch import DIST_URL
 
+KEEP, TELL = "keep", "tell"  # what a resumed run does with an option: see Parser
 LARGEST = 2**31 - 1  # of a whole number
 SCHEDULE = [600, 800]  # of pretraining without --cos
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
@@ -36,23 +33,47 @@ LINEAR_RECIPES = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a pretraining script needs besides its model class.
+class Options(Namespace):
+    """The final value of every option: they no longer change."""
 
-    add_options: adds the method's own options to a parser. build: the model, from its class, a base encoder, the
-    options and the number of classes. views: the recipe of each view of an image. learning_rate: at a moment of the
-    run, in epochs.
-    """
+    def __init__(self, **values: object):
+        self.__dict__.update(values)
 
-    add_options: Callable[[argparse.ArgumentParser], None]
-    build: Callable[[type, Callable, Namespace, int], nn.Module]
-    views: Callable[[Namespace], list[augment.Recipe]]
-    learning_rate: Callable[[float, Namespace], float]
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"options are final: {name} cannot be set")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose options say what a resumed run may do with them.
+
+    when_resumed: for the options that matter, their flag, whether a resumed run must keep them (else a change is
+    announced), and their default, which holds for a checkpoint that is older than the option.
+    """
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.when_resumed: dict[str, tuple[str, bool, object]] = {}
+
+    def adder(self, title: str | None = None, exclusive: bool = False) -> Callable[..., None]:
+        """As `add_argument`, of a group with this title, or one of options that exclude each other.
+
+        Its `resumed` may be KEEP or TELL.
+        """
+        group = self.add_argument_group(title) if title else self
+        group = group.add_mutually_exclusive_group() if exclusive else group
+
+        def add(*names, resumed=None, **how):
+            action = group.add_argument(*names, **how)
+            if resumed:
+                flag = next(name for name in names if name.startswith("--"))
+                self.when_resumed[action.dest] = (flag, resumed == KEEP, action.default)
+
+        return add
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        parsed.when_resumed = self.when_resumed
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
@@ -90,121 +111,65 @@ positive_int, positive_float = number(int, 1, LARGEST), number(float, above=0)
 count, amount, fraction = number(int, 0, LARGEST), number(float, 0), number(float, 0, 1)
 
 
-def pretrain_parser(description: str, method: Method | None = None, **defaults) -> Parser:
-    """Options of the pretraining scripts; `defaults`: those that differ from MoCo's."""
+def pretrain_parser(
+    description: str, add_options: Callable[[Parser], None] | None = None, defaults: Mapping[str, object] | None = None
+) -> Parser:
+    """Options of the pretraining scripts; a method adds its own, and defaults that differ from MoCo's."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
-    add = parser.add_argument
+    add, add_views = parser.adder(), parser.adder(exclusive=True)
     add(
         "--cos",
         action=argparse.BooleanOptionalAction,
         default=False,
+        resumed=TELL,
         help="cosine schedule from lr to 0, instead of --schedule",
     )
     text = "epochs of linear warm-up; without a queue 10 for batches over 256, and none up to 256 (default: 5)"
-    add("--warm-up", type=count, default=5, metavar="N", help=text)
+    add("--warm-up", resumed=TELL, type=count, default=5, metavar="N", help=text)
     text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--aug-plus", action="store_true", help=text)
-    add = parser.add_argument_group("beyond the reference").add_argument
+    add_views("--aug-plus", resumed=KEEP, action="store_true", help=text)
+    add = parser.adder("beyond the reference")
     text = "epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)"
     add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
     text = "first layers of torchvision's ResNets (default: cifar up to 64 pixels, else imagenet)"
-    add("--stem", choices=("cifar", "imagenet"), help=text)
+    add("--stem", resumed=KEEP, choices=("cifar", "imagenet"), help=text)
     text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
     add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
     text = "only the first N training images of each class keep their label; the others train unlabelled (default: all)"
-    add("--labels-per-class", type=count, metavar="N", help=text)
+    add("--labels-per-class", resumed=KEEP, type=count, metavar="N", help=text)
     text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
     text = "milder views than --aug-plus: crops of half the image or more, and flips; the colours stay"
-    either.add_argument("--aug-mild", action="store_true", help=text)
+    add_views("--aug-mild", resumed=KEEP, action="store_true", help=text)
     text = (
         "He et al.'s views: a random crop of the image padded by 4 pixels, and flips; images are evaluated as they are"
     )
-    either.add_argument("--aug-crop", action="store_true", help=text)
-    add("--nesterov", action="store_true", help="Nesterov's momentum")
-    add("--no-bias-decay", action="store_true", help="no weight decay on biases and batch norm")
+    add_views("--aug-crop", resumed=KEEP, action="store_true", help=text)
+    add("--nesterov", resumed=KEEP, action="store_true", help="Nesterov's momentum")
+    add("--no-bias-decay", resumed=KEEP, action="store_true", help="no weight decay on biases and batch norm")
     text = "also keep an average of the encoder's weights, with this decay a step, and evaluate it instead"
-    add("--ema", type=number(float, 0, 1), metavar="DECAY", help=text)
+    add("--ema", resumed=KEEP, type=number(float, 0, 1), metavar="DECAY", help=text)
     text = (
         "file to start the encoder from: of this project, MoCo, SupContrast, torchvision or timm (.pth, .safetensors)"
     )
     add("--init", metavar="PATH", help=text)
-    if method:
-        method.add_options(parser)
-    parser.set_defaults(**{"arch": None, **defaults})
+    if add_options:
+        add_options(parser)
+    parser.set_defaults(**(defaults or {}))
     return parser
-
-
-def moco_options(parser: Parser) -> None:
-    moco = parser.add_argument_group("momentum contrast")
-    add = moco.add_argument
-    add("--moco-dim", type=positive_int, default=128, metavar="C", help="width of the features (default: %(default)s)")
-    add("--moco-k", type=positive_int, default=65536, metavar="K", help="keys in the queue (default: %(default)s)")
-    add("--moco-m", type=fraction, default=0.99, metavar="M", help="momentum of the key encoder (default: %(default)s)")
-    add("--moco-t", type=positive_float, default=0.07, metavar="T", help="temperature (default: %(default)s)")
-    add("--mlp", action="store_true", help="MoCo v2's projection head of two layers")
-
-
-def supcon_options(parser: Parser) -> None:
-    add = parser.add_argument_group("SupContrast").add_argument
-    add("--dim", type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
-    add("--temp", type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
-
-
-def cross_entropy_options(parser: Parser) -> None:
-    """It has none of its own."""
-
-
-def build_moco(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
-    size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
-    return model_class(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
-
-
-def build_proto(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
-    return build_moco(partial(model_class, classes=classes), base_encoder, args, classes)
-
-
-def build_supcon(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
-    return model_class(base_encoder, args.dim, args.temp, bn_splits=args.bn_splits)
-
-
-def build_classifier(model_class: type[nn.Module], base_encoder: Callable, args: Namespace, classes: int) -> nn.Module:
-    return model_class(base_encoder, classes, bn_splits=args.bn_splits)
-
-
-def views(count: int, plain: augment.Recipe, args: Namespace) -> list[augment.Recipe]:
-    """The recipe of each of `count` views: that of --aug-plus and its like, else the method's own, `plain`."""
-    chosen = {"aug_plus": augment.AUG_PLUS, "aug_mild": augment.MILD, "aug_crop": augment.PADDED}
-    recipe = next((recipe for name, recipe in chosen.items() if getattr(args, name)), plain)
-    return [replace(recipe, size=args.image_size)] * count
-
-
-def moco_rate(epoch: float, args: Namespace) -> float:
-    return moco_learning_rate(epoch, args.lr, args.epochs, args.warm_up, None if args.cos else args.schedule)
-
-
-def supcon_rate(epoch: float, args: Namespace) -> float:
-    return supcon_learning_rate(epoch, args.lr, args.epochs, args.warm_up) if args.cos else moco_rate(epoch, args)
-
-
-MOCO = Method(moco_options, build_moco, partial(views, 2, augment.PLAIN), moco_rate)
-PROTO = Method(moco_options, build_proto, partial(views, 2, augment.PLAIN), moco_rate)
-SUPCON = Method(supcon_options, build_supcon, partial(views, 2, augment.SUPCON), supcon_rate)
-CROSS_ENTROPY = Method(cross_entropy_options, build_classifier, partial(views, 1, augment.CROSS_ENTROPY), supcon_rate)
 
 
 def linear_parser(description: str) -> Parser:
     """Options of main_lincls.py."""
     recipe = linear_recipe()
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
-    add = parser.add_argument
+    add = parser.adder()
     add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
     text = "supcon: the evaluation of SupContrast's authors, batch 512, lr 5, its schedule and views (default: moco)"
-    add("--recipe", choices=tuple(LINEAR_RECIPES), default="moco", help=text)
+    add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco", help=text)
     text = "only evaluate the classifier of --resume on the validation images"
     add("-e", "--evaluate", action="store_true", help=text)
-    parser.set_defaults(arch=None, image_size=None, stem=None, **recipe)
+    parser.set_defaults(image_size=None, stem=None, **recipe)
     return parser
 
 
@@ -222,9 +187,9 @@ def base_parser(description: str, epochs: int, lr: float, weight_decay: float, s
     """Options of every training script."""
     first, _, rest = description.partition("\n")
     parser = Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training_options(parser.add_argument, epochs, lr, weight_decay, schedule)
-    process_options(parser.add_argument_group("processes").add_argument)
-    data_options(parser.add_argument_group("beyond the reference: data and speed").add_argument)
+    training_options(parser.adder(), epochs, lr, weight_decay, schedule)
+    process_options(parser.adder("processes"))
+    data_options(parser.adder("beyond the reference: data and speed"))
     return parser
 
 
@@ -235,24 +200,38 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
         "resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or --pretrained, "
         "else resnet50)"
     )
-    add("-a", "--arch", help=text)
+    add("-a", "--arch", resumed=KEEP, help=text)
     text = "data-loading workers, unused for data in memory (default: %(default)s)"
     add("-j", "--workers", type=count, default=8, metavar="N", help=text)
-    add("--epochs", type=positive_int, default=epochs, metavar="N", help="total epochs (default: %(default)s)")
+    add(
+        "--epochs",
+        resumed=TELL,
+        type=positive_int,
+        default=epochs,
+        metavar="N",
+        help="total epochs (default: %(default)s)",
+    )
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
     text = "over all processes of all machines (default: %(default)s)"
-    add("-b", "--batch-size", type=positive_int, default=256, metavar="N", help=text)
-    add("--lr", "--learning-rate", type=amount, default=lr, help="at this batch size (default: %(default)s)")
+    add("-b", "--batch-size", resumed=KEEP, type=positive_int, default=256, metavar="N", help=text)
+    add(
+        "--lr",
+        "--learning-rate",
+        resumed=TELL,
+        type=amount,
+        default=lr,
+        help="at this batch size (default: %(default)s)",
+    )
     text = f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})"
-    add("--schedule", type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
-    add("--momentum", type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
+    add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
+    add("--momentum", resumed=TELL, type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
     decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")
-    add("--wd", "--weight-decay", **decay, help="weight decay (default: %(default)s)")
+    add("--wd", "--weight-decay", resumed=TELL, **decay, help="weight decay (default: %(default)s)")
     text = "steps between two log lines (default: %(default)s)"
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help=text)
     text = "checkpoint to continue from; auto: the last one in --output-dir, if there is one"
     add("--resume", metavar="PATH", help=text)
-    add("--seed", type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
+    add("--seed", resumed=KEEP, type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
 
 def process_options(add: Callable) -> None:
@@ -273,19 +252,19 @@ def data_options(add: Callable) -> None:
         "auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
         "digits needs no DIR (default: auto)"
     )
-    add("--dataset", choices=DATASETS, default="auto", help=text)
+    add("--dataset", resumed=KEEP, choices=DATASETS, default="auto", help=text)
     text = "only the first N training images of each class"
-    add("--per-class", type=positive_int, metavar="N", help=text)
+    add("--per-class", resumed=KEEP, type=positive_int, metavar="N", help=text)
     text = "validate on the last N training images of each class instead of training on them, to choose options"
-    add("--holdout", type=count, default=0, metavar="N", help=text)
+    add("--holdout", resumed=KEEP, type=count, default=0, metavar="N", help=text)
     text = "side of the views (default: 32; for main_lincls.py the checkpoint's)"
-    add("--image-size", type=number(int, 8, 4096), default=32, metavar="PIXELS", help=text)
+    add("--image-size", resumed=KEEP, type=number(int, 8, 4096), default=32, metavar="PIXELS", help=text)
     rgb = dict(nargs=3, metavar=("R", "G", "B"))
     text = "pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else ImageNet's)"
-    add("--mean", type=number(float), **rgb, help=text)
-    add("--std", type=positive_float, **rgb, help="pixel standard deviation, likewise")
+    add("--mean", resumed=KEEP, type=number(float), **rgb, help=text)
+    add("--std", resumed=KEEP, type=positive_float, **rgb, help="pixel standard deviation, likewise")
     text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32"
-    add("--precision", choices=("bf16", "fp32"), help=text)
+    add("--precision", resumed=TELL, choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
 
@@ -340,7 +319,7 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
         args.arch = checkpoint.described(start, weights, args.init, args.arch)["arch"]
     args.arch = args.arch or saved.get("arch") or "resnet50"
     args.objective, args.groups = objective, distributed.world_size() * args.bn_splits
-    args.stem = args.stem or ("cifar" if args.image_size <= 64 else "imagenet")
+    args.stem = args.stem or ("cifar" if args.image_size <= augment.SMALL else "imagenet")
     if args.warm_up is None:  # SupContrast's authors, for batches over 256
         args.warm_up = 10 if args.batch_size > 256 else 0
     if args.batch_size % args.groups:
@@ -384,13 +363,13 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     if args.batch_size % distributed.world_size():
         raise UsageError(f"-b {args.batch_size} cannot be shared equally by {distributed.world_size()} processes")
     if (nodes := distributed.nodes) > 1:
-        logs.say(
+        say(
             f"note: -b {args.batch_size} is the global batch, of all {nodes} nodes together; MoCo's -b counts per node "
             f"(its -b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} here)"
         )
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
-    if args.dataset == "imagefolder" and args.image_size > 64:  # ImageNet and its like
+    if args.dataset == "imagefolder" and args.image_size > augment.SMALL:  # ImageNet and its like
         mean, std = datasets.IMAGENET
     args.mean, args.std = list(args.mean or mean), list(args.std or std)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -398,16 +377,20 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     return args
 
 
-def compiles(args: Namespace, steps: int, device: torch.device) -> bool:
-    """--compile, or its default: it takes a minute or two, which a run of this many steps earns back on a GPU."""
-    return device.type == "cuda" and steps * args.epochs >= 15_000 if args.compile is None else args.compile
+def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
+    """The final options, with what is known when the training images are. `steps`: of an epoch.
+
+    By default a run of 15,000 steps on a GPU is compiled: that takes a minute or two, which such a run earns back.
+    """
+    compiled = device.type == "cuda" and steps * args.epochs >= 15_000 if args.compile is None else args.compile
+    return Options(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
 
 
 def shared_seed(seed: int | None, device: torch.device) -> int:
     """The seed, or one that rank 0 draws for all."""
     if seed is None:
         seed = int(distributed.broadcast(torch.randint(2**31, (1,)).to(device)))
-        logs.say(f"seed {seed} (repeat this run with --seed {seed})")
+        say(f"seed {seed} (repeat this run with --seed {seed})")
     return seed
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, batches, builder, datasets, distributed, encoders, launch, options, pretrain
+from moco import augment, batches, builder, datasets, distributed, encoders, launch, methods, options, pretrain
 from reproduce import conditions
 from results import write_json
 
@@ -200,7 +200,7 @@ def loop(*words, at_step=None, every=1):
     Returns:
         images/s without its first steps; and in seconds when each measured step began, and when the last one ended.
     """
-    parser = options.pretrain_parser("", options.MOCO)
+    parser = options.pretrain_parser("", methods.OUT.add_options)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args(["data/", "--dataset", "cifar10", *LOOP.split(), *words])
     gpu = torch.cuda.is_available()
@@ -218,16 +218,17 @@ def loop(*words, at_step=None, every=1):
         step += 1
 
     class Timed(builder.MoCoOut):
-        def forward(self, *views, **order):
+        def forward(self, *inputs):
             tick()
-            return super().forward(*views, **order)
+            return super().forward(*inputs)
 
     def work(device):
         images = synthetic((args.steps + skipped + 1) * args.batch_size)  # one more step: its beginning ends the last
         images.images = images.images.to(device)
         with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, "w") as null, redirect_stdout(null):
             resolved = options.resolve_pretraining(args, device, "MoCoOut", {})
-            pretrain.fit(Timed, options.MOCO, resolved, device, images)
+            resolved = options.complete(resolved, images, len(images) // args.batch_size, device)
+            pretrain.fit(methods.with_queue(Timed), resolved, images, None, None, None, device)
 
     launch.launch(work, **options.launching(args))
     return args.steps * args.batch_size / (clock[-1] - clock[0]), clock

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from moco import inference, launch, options
-from moco.errors import RunError, UsageError
-from moco.logs import say
+from moco.errors import RunError, UsageError, say
 
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 

@@ -26,11 +26,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from moco import datasets, evaluate, inference, launch, logs, options
+from moco import datasets, evaluate, inference, launch, options
 from moco.batches import Centres
-from moco.errors import RunError, UsageError, one_line
-from moco.logs import say
+from moco.errors import RunError, UsageError, one_line, say
 from moco.losses import UNLABELLED
+from moco.run import all_but_os_errors
 
 MOST_SEARCHED = 100_000  # images of which all pairs are compared
 MOST_PROJECTED = 5000  # images in the projector
@@ -159,7 +159,7 @@ def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: li
     ]
     thumbnails = [ImageOps.fit(split.pillow(i), (THUMBNAIL // 2, THUMBNAIL // 2)) for i in chosen]
     images = torch.stack([datasets.pixels(image) for image in thumbnails]).float() / 255
-    threading.excepthook = logs.all_but_os_errors
+    threading.excepthook = all_but_os_errors
     with options.writing(folder) as tmp:
         try:
             with SummaryWriter(tmp) as writer:

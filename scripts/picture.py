@@ -14,11 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.manifold import TSNE
 
-from moco import checkpoint, datasets, evaluate, inference, launch, logs, options
-from moco.errors import RunError, UsageError
-from moco.logs import say
-
-LINEAR = "linear_last.pth.tar"
+from moco import checkpoint, datasets, evaluate, inference, launch, options
+from moco.checkpoint import LINEAR
+from moco.errors import RunError, UsageError, say
+from moco.run import read_log
 
 
 def main():
@@ -38,7 +37,7 @@ def main():
 
 def draw(run, folder, out):
     points, labels, classes = embedding(run, folder)
-    log, linear = logs.read(run / "log.csv"), logs.read(run / "linear.csv")
+    log, linear = read_log(run / "log.csv"), read_log(run / "linear.csv")
     confusion = checkpoint.load(run / LINEAR).get("confusion") if (run / LINEAR).is_file() else None
     panels = [["loss", "map"], ["linear", "map"]] if linear else [["loss", "map"]]
     if confusion is not None:

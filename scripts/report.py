@@ -16,8 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import results
-from moco import launch, logs, options
+from moco import launch, options
 from moco.errors import RunError, UsageError
+from moco.run import read_log
 from picture import scatter
 from results import NAMES, ROOT, ROWS, recipe
 
@@ -184,7 +185,7 @@ def searches(folder):
     found = {}
     for path in sorted(folder.glob("*.csv")):
         row, _, what = path.stem.partition("-")
-        found.setdefault(row, {})[what.replace("_", " ")] = float(logs.read(path)[-1]["knn"])
+        found.setdefault(row, {})[what.replace("_", " ")] = float(read_log(path)[-1]["knn"])
     table = []
     for key, name in {key.partition("-")[0]: row.name for key, row in ROWS.items()}.items():
         tried = found.get(key, {})

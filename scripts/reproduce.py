@@ -28,10 +28,11 @@ import torchvision
 
 import results
 import weights
-from moco import checkpoint, launch, logs, options
-from moco.errors import RunError, UsageError
-from moco.logs import say
-from picture import LINEAR, embedding
+from moco import checkpoint, launch, options
+from moco.checkpoint import LINEAR
+from moco.errors import RunError, UsageError, say
+from moco.run import read_log
+from picture import embedding
 from results import ROOT, ROWS, SMALL_LINEAR
 
 # Without a GPU: the same views, batch and classifier for all.
@@ -207,7 +208,7 @@ def collect(folder, row, begun, seed):
     """The content of a run's file, from its logs and its last checkpoints: without top1 before the linear evaluation."""
     files = {"pretrain": folder / checkpoint.LAST, "linear": folder / LINEAR}
     saved = {program: checkpoint.load(file)["options"] for program, file in files.items() if file.exists()}
-    curve, linear = ([numbers(row) for row in logs.read(folder / name)] for name in ("log.csv", "linear.csv"))
+    curve, linear = ([numbers(row) for row in read_log(folder / name)] for name in ("log.csv", "linear.csv"))
     own, last = curve[-1], linear[-1] if linear else {}  # cross entropy has a classifier of its own
     best = max(linear, key=lambda row: row["top1"], default={})
     result = {

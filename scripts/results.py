@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from moco import options, pretrain
+from moco import methods, options
 from moco.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,17 +75,12 @@ NAMES = list(dict.fromkeys(row.name for row in ROWS.values()))
 @cache
 def recipe(row: Row) -> dict[str, dict]:
     """The options of a row's programs, as the checkpoints of its run hold them: {"pretrain": {...}, "linear": {...}}."""
-    parsers = []
-
-    def main(model, description, method=options.MOCO, **defaults):
-        parsers.append(options.pretrain_parser(description, method, **defaults))
-
-    with mock.patch.object(pretrain, "main", main):  # a script's defaults stand in its call
-        runpy.run_path(str(ROOT / row.script), run_name="__main__")
+    method = methods.ALL[row.script]
+    parser = options.pretrain_parser("", method.add_options, method.defaults)
     with mock.patch("sys.argv", [row.script, *row.linear.split()]):
         linear = options.linear_parser("").parse_args(row.linear.split())
     given = ["--dataset", row.dataset, "--seed", "0", "--epochs", str(row.epochs), "data/"]
-    args = parsers[0].parse_args([*row.options.split(), *given])
+    args = parser.parse_args([*row.options.split(), *given])
     found = options.plain(options.resolve_pretraining(args, torch.device("cpu"), "", {}))
     return {"pretrain": found, "linear": options.plain(linear) | {"image_size": found["image_size"]}}
 

@@ -8,9 +8,8 @@ import torch
 import results
 from moco import checkpoint, datasets, evaluate, inference, launch
 from moco.batches import Centres
-from moco.errors import RunError, UsageError
-from moco.logs import say
-from picture import LINEAR
+from moco.checkpoint import LINEAR
+from moco.errors import RunError, UsageError, say
 
 TOLERANCE = 0.02  # in percent: two of 10,000 images
 KEPT = ["arch", "stem", "image_size", "mean", "std", "classes", "images", "dataset", "epochs", "batch_size", "seed"]

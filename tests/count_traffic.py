@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from conftest import TINY
-from moco import baselines, builder, distributed, options, pretrain
+from moco import distributed, methods, options, pretrain
 
 dist.init_process_group("gloo")
 step, missing = 0, 0
@@ -50,7 +50,7 @@ def parallel(model, device):
     return network
 
 
-def count_step(network, images):
+def count_step(network, inputs):
     global step, missing
     step, missing = step + 1, sum(parameter.requires_grad for parameter in network.parameters())
 
@@ -71,11 +71,10 @@ for name in ("gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "sen
 wrap, distributed.parallel = distributed.parallel, parallel
 
 out, method_name = sys.argv[1:3]
-model_class = getattr(builder, method_name, None) or getattr(baselines, method_name)
-method = options.MOCO if issubclass(model_class, builder.MoCo) else options.SUPCON
+method = next(method for method in methods.ALL.values() if method.model.__name__ == method_name)
 words = [*TINY.split(), "-p", "2", "--epochs", "1", "--warm-up", "1", "--output-dir", out, *sys.argv[3:]]
-if method is options.MOCO:
+if method.shuffle_keys:
     words += ["--moco-k", "80", "--moco-dim", "16", "--mlp"]
-args = options.pretrain_parser("", method).parse_args(words)
-pretrain.train(model_class, method, args, torch.device("cpu"))
+args = options.pretrain_parser("", method.add_options).parse_args(words)
+pretrain.train(method, args, torch.device("cpu"))
 dist.destroy_process_group()

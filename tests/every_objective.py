@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from conftest import TINY
-from moco import baselines, builder, distributed, encoders, epoch, options, pretrain
+from moco import distributed, encoders, methods, options, pretrain
+from moco.run import Run
 
 
 class Small(nn.Module):
@@ -33,24 +34,23 @@ if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
 
 
-def recorded(self, done, asked):
-    losses, stop = share(self, done, asked)
-    steps.extend(losses)
-    return losses, stop
+def recorded(self, step, lr):
+    first = self.step
+    sync(self, step, lr)
+    steps.extend(self.losses[first : step + 1].tolist())
 
 
-share, epoch.Record.share = epoch.Record.share, recorded
-methods = dict.fromkeys((builder.MoCo, builder.MoCoIn, builder.MoCoOut, builder.MoCoSupLoss), options.MOCO)
-methods |= {baselines.SupContrast: options.SUPCON, baselines.CrossEntropy: options.CROSS_ENTROPY}
-for model_class, method in methods.items():
+sync, Run.sync = Run.sync, recorded
+for method in methods.ALL.values():
+    name = method.model.__name__
     words = [*TINY.split(), "--epochs", "2", "--warm-up", "1", "--bn-splits", splits, "--lr", "0.02"]
-    words += ["--output-dir", str(out / model_class.__name__), *more]
-    if issubclass(model_class, builder.MoCo):
+    words += ["--output-dir", str(out / name), *more]
+    if method.shuffle_keys:
         words += ["--moco-k", "72", "--moco-dim", "16", "--mlp", "--aug-plus", "--moco-t", "0.2"]
-    args, steps = options.pretrain_parser("", method).parse_args(words), []
-    pretrain.train(model_class, method, args, torch.device("cpu"))
+    args, steps = options.pretrain_parser("", method.add_options).parse_args(words), []
+    pretrain.train(method, args, torch.device("cpu"))
     if distributed.rank() == 0:
-        with open(out / model_class.__name__ / "steps.csv", "w", newline="") as file:
+        with open(out / name / "steps.csv", "w", newline="") as file:
             table = csv.writer(file)
             table.writerows([["loss"], *([loss] for loss in steps)])
 if dist.is_initialized():

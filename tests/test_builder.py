@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import ROOT
-from moco import encoders
+from moco import encoders, methods, options
 from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoSupLoss
 from moco.losses import in_loss
 
@@ -45,7 +45,7 @@ def batch(step, n=8):
 
 
 def call(model, im_q, im_k, labels, **options):
-    return model(im_q, im_k, labels, **options) if model.labelled else model(im_q, im_k, **options)
+    return model(im_q, im_k, labels, **options) if hasattr(model, "label_queue") else model(im_q, im_k, **options)
 
 
 class Reference:
@@ -129,7 +129,7 @@ def test_eight_steps_are_the_formulas(variant):
         assert model.health.tolist() == pytest.approx(reference.health(), rel=1e-4, abs=1e-5), step
     assert torch.allclose(model.queue.T.double(), torch.stack(reference.keys), atol=1e-4)
     assert model.queue_ptr.item() == reference.next == 8 * 8 % 20
-    if model.labelled:
+    if hasattr(model, "label_queue"):
         assert model.label_queue.tolist() == reference.labels
     for ours, theirs in ((model.encoder_q, reference.encoder_q), (model.encoder_k, reference.encoder_k)):
         wanted = theirs.state_dict()
@@ -153,7 +153,7 @@ def test_queue_wraps_around_and_takes_the_last_keys_of_a_long_batch(variant):
         for position in range(len(written) - min(size, len(written)), len(written)):
             key, label = written[position]
             assert torch.allclose(model.queue[:, position % size], key, atol=1e-5)
-            if model.labelled:
+            if hasattr(model, "label_queue"):
                 assert model.label_queue[position % size] == label
 
 
@@ -207,13 +207,13 @@ def test_two_chunks_of_shuffled_keys_by_hand(variant):
     im_q, im_k, labels = batch(0)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
     model = make(variant, splits=2)
-    halves = [copy.deepcopy(model.encoder_k)(half) for half in im_k[order].chunk(2)]
+    halves = [make(variant).encoder_k(half) for half in im_k[order].chunk(2)]  # batch norm over all that it gets
     wanted = torch.empty(8, 8)
     for j, key in enumerate(F.normalize(torch.cat(halves), dim=1)):
         wanted[order[j]] = key
     call(model, im_q, im_k[order], labels, order=order)
     assert torch.allclose(model.queue[:, :8].T, wanted, atol=1e-5)
-    if model.labelled:
+    if hasattr(model, "label_queue"):
         assert model.label_queue[:8].tolist() == labels.tolist()
 
 
@@ -238,7 +238,7 @@ def test_bn_splits_see_what_as_many_processes_would():
     model = make(MoCo, splits=2)
     halves = []
     for half in images.chunk(2):
-        encoder = copy.deepcopy(model.encoder_q)
+        encoder = make(MoCo).encoder_q
         halves.append((F.normalize(encoder(half), dim=1), encoder.bn1.running_mean, encoder.bn1.running_var))
     features = model.encode(model.encoder_q, images)
     assert torch.allclose(features, torch.cat([h[0] for h in halves]), atol=1e-6)
@@ -265,9 +265,9 @@ def test_suploss_contrasts_within_a_process():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extremes_stay_finite(variant):
     cases = [dict(T=0.01), dict(K=3), dict(K=1), dict(T=1e-3, dim=2)]
-    for options in cases:
+    for case in cases:
         for labels in (torch.zeros(8, dtype=torch.long), torch.arange(8)):
-            model = make(variant, **options)
+            model = make(variant, **case)
             for step in range(3):
                 im_q, im_k, _ = batch(step)
                 loss = call(model, im_q, im_k, labels)
@@ -294,8 +294,8 @@ def test_state_dict(variant):
     assert {f"encoder_k.{name}" for name in inner} < set(state)
     assert state["queue"].shape == (16, 32) and state["queue_ptr"].shape == (1,)
     others = {name for name in state if not name.startswith("encoder_")} - {"queue", "queue_ptr"}
-    assert others == ({"label_queue"} if model.labelled else set())
-    if model.labelled:
+    assert others == ({"label_queue"} if hasattr(model, "label_queue") else set())
+    if hasattr(model, "label_queue"):
         assert state["label_queue"].shape == (32,) and state["label_queue"].dtype == torch.int64
 
 
@@ -339,7 +339,22 @@ def test_a_variant_in_a_few_lines():
 
 def test_the_builder_imports_no_command_line():
     """A user's own program needs neither options nor data sets nor plots."""
-    unwanted = ["moco.options", "moco.datasets", "moco.augment", "moco.logs", "moco.pretrain", "matplotlib", "sklearn"]
+    unwanted = ["moco.options", "moco.datasets", "moco.augment", "moco.run", "moco.pretrain", "matplotlib", "sklearn"]
     code = f"import sys, moco.builder, moco.baselines; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", methods.ALL)
+def test_a_key_encoder_never_takes_gradient(name):
+    """Neither with chunks for batch norm, nor after a step."""
+    method = methods.ALL[name]
+    args = options.pretrain_parser("", method.add_options, method.defaults).parse_args(["--bn-splits", "2"])
+    args = options.Options(**vars(args) | dict(moco_k=20, moco_dim=8, dim=8))
+    model = method.build(method.model, Tiny, args, 3)
+    im_q, im_k, labels = batch(0)
+    model(*method.inputs([im_q, im_k][: method.views], labels.clamp(min=0), None)).backward()
+    keys = [p for key, p in model.named_parameters() if key.startswith("encoder_k.")]
+    assert bool(keys) == method.shuffle_keys
+    assert not any(p.requires_grad or p.grad is not None for p in keys)
+    assert all(p.grad is not None for key, p in model.named_parameters() if not key.startswith("encoder_k."))

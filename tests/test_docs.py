@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from moco import encoders, options
+from moco import encoders, methods, options
 
 IMAGENET = (ROOT / "docs/imagenet.md").read_text()
 
@@ -53,7 +53,7 @@ def test_the_commands_for_imagenet_are_understood():
     for command in commands:
         script, *words = command.split()
         linear = script == "main_lincls.py"
-        parser = options.linear_parser("") if linear else options.pretrain_parser("", options.MOCO)
+        parser = options.linear_parser("") if linear else options.pretrain_parser("", methods.OUT.add_options)
         args = parser.parse_args(words)
         assert args.data == "imagenet/" and (linear or args.image_size == 224)
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT, TINY, TINY_MOCO
-from moco import checkpoint, launch, options
+from moco import checkpoint, launch, methods, options
 from moco.errors import RunError, UsageError
 from test_bad_input import refused
 from test_runs import end, rows, same
@@ -259,7 +259,7 @@ VALUES = st.one_of(
 @given(st.lists(st.tuples(st.sampled_from(NAMES.split()), st.lists(VALUES, max_size=3)), max_size=4))
 def test_any_command_line(capsys, pairs):
     """Parsed, or refused in one line with status 2."""
-    parser = options.pretrain_parser("Title.\n\nText.", options.MOCO)
+    parser = options.pretrain_parser("Title.\n\nText.", methods.OUT.add_options)
     capsys.readouterr()
     try:
         parser.parse_args([word for name, values in pairs for word in (name, *values)])

@@ -22,7 +22,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as by_torchvision
 
 from conftest import ROOT
-from moco import augment, batches, checkpoint, datasets, distributed, encoders, evaluate, logs, options
+from moco import augment, batches, checkpoint, datasets, distributed, encoders, evaluate, methods, options
+from moco.run import Run, read_log
 from test_faults import free_port, start, until
 
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
@@ -53,7 +54,7 @@ def photo(rng, size):
 
 
 def losses(folder):
-    return [row["loss"] for row in logs.read(folder / "log.csv")]
+    return [row["loss"] for row in read_log(folder / "log.csv")]
 
 
 def made(batches_of_epoch):
@@ -104,11 +105,11 @@ def test_losses_depend_on_neither_processes_nor_workers(run, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = ([float(loss) for loss in losses(tmp_path / name)] for name in ("workers0", "two"))
     assert two == pytest.approx(one, rel=2e-4)
-    assert all(0 <= float(row["knn"]) <= 100 for row in logs.read(tmp_path / "two/log.csv"))
+    assert all(0 <= float(row["knn"]) <= 100 for row in read_log(tmp_path / "two/log.csv"))
 
 
 def test_resuming_within_an_epoch_is_exact(run, photos, tmp_path, monkeypatch):
-    data, seen, show = photos(train=16), [], logs.Progress.show
+    data, seen, show = photos(train=16), [], Run.show
     assert run("main_moco_out.py", MOCO, "-j 2 --output-dir", tmp_path / "whole", data).status == 0
 
     def interrupt(self, done, **values):
@@ -117,7 +118,7 @@ def test_resuming_within_an_epoch_is_exact(run, photos, tmp_path, monkeypatch):
         if len(seen) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    monkeypatch.setattr(Run, "show", interrupt)
     words = [MOCO, "-j 2 --output-dir", tmp_path / "cut", data]
     assert run("main_moco_out.py", *words).status == 143
     assert checkpoint.load(tmp_path / "cut/checkpoint_last.pth.tar")["step"] == 3
@@ -304,11 +305,11 @@ print(peak() - before, evaluate.knn_bytes(images, queries, width, 10))
 @pytest.mark.parametrize("size, expected", [(64, datasets.CIFAR10), (65, datasets.IMAGENET), (224, datasets.IMAGENET)])
 def test_statistics_of_large_images(size, expected, photos):
     words = ["--image-size", str(size), str(photos())]
-    args = options.pretrain_parser("", options.MOCO).parse_args(words)
+    args = options.pretrain_parser("", methods.OUT.add_options).parse_args(words)
     resolved = options.resolve(args, torch.device("cpu"))
     assert (tuple(resolved.mean), tuple(resolved.std)) == expected
     linear = options.linear_parser("").parse_args(words[2:])
-    saved = {"options": options.plain(resolved)}
+    saved = {"options": options.plain(resolved), "arch": "resnet50"}
     weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
     agreed = options.resolve_linear(linear, torch.device("cpu"), "a checkpoint", saved, weights)
     assert (agreed.image_size, agreed.mean, agreed.std) == (size, resolved.mean, resolved.std)
@@ -404,7 +405,7 @@ def test_an_epoch_is_saved_before_it_is_evaluated(script, words, fails, run, pho
     assert len(losses(tmp_path / "cut")) == fails - 1 if fails > 1 else not (tmp_path / "cut/log.csv").exists()
     assert run(script, words, *more, "--resume auto").status == 0
     columns = ("epoch", "loss", "lr", "accuracy", "knn", "top1", "top5")
-    whole, cut = ([[row[c] for c in columns] for row in logs.read(tmp_path / n / "log.csv")] for n in ("whole", "cut"))
+    whole, cut = ([[row[c] for c in columns] for row in read_log(tmp_path / n / "log.csv")] for n in ("whole", "cut"))
     assert cut == whole and len(cut) == 2
     ends = [checkpoint.load(tmp_path / n / "checkpoint_0001.pth.tar") for n in ("whole", "cut")]
     assert all("unevaluated" not in end for end in ends)
@@ -430,7 +431,7 @@ def test_a_linear_evaluation_is_saved_before_it_is_evaluated(run, photos, tmp_pa
     assert checkpoint.load(tmp_path / "cut/linear_last.pth.tar")["step"] == 2
     resumed = run("main_lincls.py", *words, *more, "--resume auto")
     assert resumed.status == 0 and resumed.out.splitlines()[-1] == whole.out.splitlines()[-1]
-    logged = [logs.read(tmp_path / name / "linear.csv") for name in ("whole", "cut")]
+    logged = [read_log(tmp_path / name / "linear.csv") for name in ("whole", "cut")]
     columns = ("epoch", "loss", "lr", "top1", "top5")
     assert [[row[c] for c in columns] for row in logged[0]] == [[row[c] for c in columns] for row in logged[1]]
 

@@ -60,7 +60,7 @@ def test_no_step_waits_for_the_gpu(script, words, run, tmp_path, monkeypatch):
 
     set_learning_rate = pretrain.set_learning_rate
     monkeypatch.setattr(pretrain, "set_learning_rate", watched)
-    monkeypatch.setattr(pretrain, "WATCH_EVERY", 1)
+    monkeypatch.setattr(pretrain, "HEALTH_EVERY", 1)
     splits = "--bn-splits 2" if words == TINY_MOCO else ""
     try:
         done = run(script, words, splits, "-p 100 --epochs 1 --output-dir", tmp_path)

@@ -311,7 +311,7 @@ def test_losses_do_not_depend_on_how_processes_and_nodes_are_cut(tmp_path):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
     losses = {(world, method): values for world, method, values in lines}
     worlds, methods = {world for world, _ in losses}, {method for _, method in losses}
-    assert len(worlds) == 4 and len(methods) == 5 and len(losses) == 20
+    assert len(worlds) == 4 and len(methods) == 6 and len(losses) == 24
     for (world, method), values in losses.items():
         assert len(values) == 3
         assert values == pytest.approx(losses["alone 1", method], rel=2e-4), (world, method)

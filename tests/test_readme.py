@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from conftest import ROOT, TINY
-from moco import checkpoint, logs
+from moco import checkpoint
+from moco.run import read_log
 
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
@@ -85,7 +86,7 @@ def test_the_example_does_not_depend_on_the_number_of_processes(tmp_path):
         command = [sys.executable, *launch, str(script), *words, "--bn-splits", splits, "--output-dir", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
-        losses.append(float(logs.read(out / "log.csv")[-1]["loss"]))
+        losses.append(float(read_log(out / "log.csv")[-1]["loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -282,7 +283,7 @@ def test_rows_and_recipes(run):
             assert mine.startswith(wanted + " "), path.name
     for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
         knn = {
-            path.stem.split("-")[1]: float(logs.read(path)[-1]["knn"])
+            path.stem.split("-")[1]: float(read_log(path)[-1]["knn"])
             for path in (ROOT / "results/lr").glob(f"{key}-*.csv")
         }
         (line,) = [line for line in small if f"main_{script}.py" in line]
@@ -323,7 +324,7 @@ def test_a_row_scaled_down(run, tmp_path):
         saved = checkpoint.load(tmp_path / "runs/in-200-tiny-seed0" / name)["options"]
         assert result["options"][program] == saved
     assert result["options"]["pretrain"]["moco_k"] == 64 and result["options"]["linear"]["epochs"] == 2
-    scores = [float(row["top1"]) for row in logs.read(tmp_path / "runs/in-200-tiny-seed0/linear.csv")]
+    scores = [float(row["top1"]) for row in read_log(tmp_path / "runs/in-200-tiny-seed0/linear.csv")]
     assert (result["top1"], result["best_top1"]) == (scores[-1], max(scores))
     needed = "commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
     assert not set(needed.split()) - set(result)

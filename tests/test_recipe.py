@@ -12,8 +12,9 @@ from torchvision.transforms import functional as tv
 
 import moco
 from conftest import TINY_MOCO
-from moco import augment, checkpoint, logs, pretrain
+from moco import augment, checkpoint, pretrain
 from moco.builder import UNLABELLED, MoCoIn, MoCoProto
+from moco.run import Run
 from test_augment import MEAN, STD, images, pillow
 from test_builder import Tiny, batch, make
 from test_runs import rows
@@ -54,7 +55,7 @@ def test_a_batch_without_labels_leaves_prototypes_in_the_graph():
 def test_prototypes_train_resume_and_are_evaluated(run, tmp_path, monkeypatch):
     words = [TINY_MOCO, "--lr 0.1 --epochs 3 --knn-freq 1 --ema 0.9 --nesterov --no-bias-decay --bn-splits 2"]
     assert run("main_moco_proto.py", *words, "--output-dir", tmp_path / "whole").status == 0
-    show, seen = logs.Progress.show, []
+    show, seen = Run.show, []
 
     def interrupt(self, done, **values):
         show(self, done, **values)
@@ -62,7 +63,7 @@ def test_prototypes_train_resume_and_are_evaluated(run, tmp_path, monkeypatch):
         if len(seen) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    monkeypatch.setattr(Run, "show", interrupt)
     words += ["--output-dir", tmp_path / "cut"]
     assert run("main_moco_proto.py", *words).status == 143
     assert run("main_moco_proto.py", *words, "--resume auto").status == 0

@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import ROOT, TINY, TINY_MOCO
-from moco import augment, batches, checkpoint, datasets, distributed, epoch, logs, options, pretrain
+from moco import augment, batches, checkpoint, datasets, distributed, methods, options, pretrain
+from moco.run import Log, Run
 
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 LINEAR = f"{TINY} --lr 1 --epochs 2"
@@ -103,7 +104,7 @@ def test_a_log_lives_until_its_run_is_replaced(run, tmp_path):
     words = [TINY_MOCO, "--output-dir", tmp_path]
     first = run("main_moco.py", *words, "--epochs 2")
     assert "overwritten" not in first.out and "no Shuffling BN" in first.out
-    log = logs.Log(tmp_path, "log", pretrain.COLUMNS)
+    log = Log(tmp_path, "log", pretrain.COLUMNS)
     assert len(rows(tmp_path / "log.csv")) == 2
     log.add(0, loss=9.0)
     assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == [9.0]
@@ -124,8 +125,8 @@ def test_a_resumed_run_takes_its_epoch_from_the_checkpoint(run, tmp_path):
 
 
 def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monkeypatch):
-    save = pretrain.save
-    monkeypatch.setattr(pretrain, "save", lambda *rest: (time.sleep(0.5), save(*rest)))
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda *rest: (time.sleep(0.5), save(*rest)))
     run("main_moco.py", TINY_MOCO, "--epochs 2 --output-dir", tmp_path)
     assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
 
@@ -136,7 +137,7 @@ def test_images_are_counted_not_full_batches(run, tmp_path, monkeypatch):
     words, shown = [TINY, "--lr 1 --epochs 2 --per-class 4 --pretrained", tmp_path / "checkpoint_last.pth.tar"], []
     for batch in (40, 256):
         ticks = itertools.count()
-        monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda ticks=ticks: float(next(ticks))))
+        monkeypatch.setattr("moco.run.time", SimpleNamespace(perf_counter=lambda ticks=ticks: float(next(ticks))))
         done = run("main_lincls.py", *words, f"-b {batch} --output-dir", tmp_path)
         speeds = [float(row["images_per_second"]) for row in rows(tmp_path / "linear.csv")]
         shown.append((speeds, [line.split("images/s ")[1] for line in done.out.splitlines() if "images/s" in line]))
@@ -147,7 +148,7 @@ def begun(run, folder):
     """A run that was interrupted within its second epoch: its words and its checkpoint."""
     words = [TINY_MOCO, "--epochs 3 --output-dir", folder]
     with pytest.MonkeyPatch.context() as patch:
-        show, seen = logs.Progress.show, []
+        show, seen = Run.show, []
 
         def interrupt(self, done, **values):
             show(self, done, **values)
@@ -155,7 +156,7 @@ def begun(run, folder):
             if len(seen) == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(logs.Progress, "show", interrupt)
+        patch.setattr(Run, "show", interrupt)
         assert run("main_moco.py", *words).status == 143
     return words, checkpoint.load(folder / "checkpoint_last.pth.tar")
 
@@ -234,7 +235,7 @@ def test_linear_evaluation_stops_and_resumes_within_an_epoch(run, tmp_path, monk
     run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
     words = [TINY, "--lr 1 --epochs 2 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
     assert run("main_lincls.py", *words, tmp_path / "whole").status == 0
-    show, seen = logs.Progress.show, []
+    show, seen = Run.show, []
 
     def interrupt(self, done, **values):
         show(self, done, **values)
@@ -242,7 +243,7 @@ def test_linear_evaluation_stops_and_resumes_within_an_epoch(run, tmp_path, monk
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    monkeypatch.setattr(Run, "show", interrupt)
     stopped = run("main_lincls.py", *words, tmp_path / "parts")
     assert stopped.status == 143 and "in epoch 0 after step 3" in stopped.out
     done = run("main_lincls.py", *words, tmp_path / "parts", "--resume auto")
@@ -271,7 +272,7 @@ def test_the_rows_without_a_queue(script, run, tmp_path):
     assert again.out.strip() == done.out.splitlines()[-1]  # with that recipe's images
 
 
-OBJECTIVES = ("MoCo", "MoCoIn", "MoCoOut", "MoCoSupLoss", "SupContrast", "CrossEntropy")
+OBJECTIVES = [method.model.__name__ for method in methods.ALL.values()]
 
 
 def every_objective(tmp_path, *worlds):
@@ -358,7 +359,7 @@ def test_no_image_crosses_processes(method, features, width, files, folder, tmp_
 
 def test_schedule_at_each_boundary():
     def rate(moment, warm_up=5, schedule=None):
-        return epoch.moco_learning_rate(moment, 0.4, 1000, warm_up, schedule)
+        return methods.moco_learning_rate(moment, 0.4, 1000, warm_up, schedule)
 
     assert rate(0) == 0
     assert rate(2.5) == pytest.approx(0.2)
@@ -384,7 +385,7 @@ def test_the_schedule_of_supcontrasts_authors_at_each_boundary():
     lowest = 0.5 * 0.1**3
 
     def rate(moment, warm_up=10):
-        return epoch.supcon_learning_rate(moment, 0.5, 1000, warm_up)
+        return methods.supcon_learning_rate(moment, 0.5, 1000, warm_up)
 
     def theirs(count):
         return lowest + (0.5 - lowest) * (1 + math.cos(math.pi * count / 1000)) / 2
@@ -418,7 +419,7 @@ def same(first, second):
 def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(number, status, run, tmp_path, monkeypatch):
     words = [TINY_MOCO, "--epochs 3 --output-dir"]
     run("main_moco_out.py", *words, tmp_path / "whole")
-    show, seen = logs.Progress.show, []
+    show, seen = Run.show, []
 
     def interrupt(self, done, **values):
         show(self, done, **values)
@@ -426,7 +427,7 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(number, status, r
         if len(seen) == 8:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(logs.Progress, "show", interrupt)
+    monkeypatch.setattr(Run, "show", interrupt)
     stopped = run("main_moco_out.py", *words, tmp_path / "parts")
     assert stopped.status == status and "--resume auto" in stopped.out
     assert checkpoint.load(tmp_path / "parts" / "checkpoint_last.pth.tar")["step"] == 4

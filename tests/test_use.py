@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
 
 def test_two_runs_in_one_folder(run, folder, tmp_path, monkeypatch):
     """The second one waits, and goes on when the first one has saved and ended; else it is refused."""
-    monkeypatch.setattr(checkpoint, "PATIENCE", 1)
+    monkeypatch.setattr("moco.run.PATIENCE", 1)
     photos = folder(train=16, size=(120, 100))  # in files: a data-loading worker must not keep the lock
     words = [f"-a resnet20 --image-size 8 -b 4 --moco-k 16 --seed 0 -p 1 -j 1 {photos} --output-dir", tmp_path]
     command = ["main_moco.py", *" ".join(map(str, words)).split()]
@@ -186,11 +187,11 @@ def test_two_runs_in_one_folder(run, folder, tmp_path, monkeypatch):
     epoch = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["epoch"]
     assert run("main_moco.py", *words, f"--epochs {epoch + 1} --resume auto").status == 0
 
-    monkeypatch.setattr(checkpoint, "PATIENCE", 60)
+    monkeypatch.setattr("moco.run.PATIENCE", 60)
     first = start(*command, "--resume", "auto")
     until(first, "Epoch:")
-    sleep = checkpoint.time.sleep
-    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: (first.send_signal(signal.SIGTERM), sleep(seconds)))
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (first.send_signal(signal.SIGTERM), sleep(seconds)))
     done = run("main_moco.py", *words, "--epochs 1 --resume auto")
     stopped = first.communicate()[0]
     assert first.returncode == 143 and "stopped" in stopped
@@ -273,9 +274,9 @@ def test_a_log_on_a_full_disk(small_disk):
     program = f"""
 import sys
 from contextlib import suppress
-from moco import logs
 from moco.errors import RunError
-log = logs.Log("{disk}/out", "log", ["epoch", "loss"])
+from moco.run import Log
+log = Log("{disk}/out", "log", ["epoch", "loss"])
 with suppress(OSError), open("{disk}/filler", "wb") as file:
     file.write(bytes(1 << 20))
 log.write = lambda rows: None  # log.csv, which is rewritten, finds a page; TensorBoard's file needs more

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from moco import logs
+from moco.run import read_log
 from test_bad_input import refused
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
@@ -47,8 +47,8 @@ def test_one_file_three_uses(run, rows, folder, tmp_path):
     (path,) = files.glob("ce-*.json")
     row, (log,) = json.loads(path.read_text()), tmp_path.glob("runs/ce-*/log.csv")
     for name in ("top1", "top5"):  # cross entropy's own classifier, and a linear one on its frozen features
-        assert row[f"classifier_{name}"] == float(logs.read(log)[-1][name])
-        assert row[name] == float(logs.read(log.with_name("linear.csv"))[-1][name])
+        assert row[f"classifier_{name}"] == float(read_log(log)[-1][name])
+        assert row[name] == float(read_log(log.with_name("linear.csv"))[-1][name])
     # Some files have only the former.
     own = {"classifier_top1": row.pop("top1"), "classifier_top5": row.pop("top5")}
     path.write_text(json.dumps(row | own))

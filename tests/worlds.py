@@ -13,32 +13,33 @@ from multiprocessing import get_context
 import torch.utils.tensorboard  # noqa: F401  here, not in each process
 
 from conftest import TINY
-from moco import baselines, builder, distributed, epoch, launch, options, pretrain
+from moco import distributed, launch, methods, options, pretrain
+from moco.run import Run
 
 WORLDS = [("torchrun", 8, 1), ("torchrun", 4, 2), ("nodes", 2, 4), ("alone", 1, 8)]
-METHODS = dict.fromkeys((builder.MoCo, builder.MoCoIn, builder.MoCoOut, builder.MoCoSupLoss), options.MOCO)
-METHODS |= {baselines.SupContrast: options.SUPCON}
+METHODS = [method for method in methods.ALL.values() if not method.labels_only]
 
 
 def train(how, processes, splits, device):
     steps = []
 
-    def recorded(self, done, asked):
-        losses, stop = share(self, done, asked)
-        steps.extend(losses)
-        return losses, stop
+    def recorded(self, step, lr):
+        first = self.step
+        sync(self, step, lr)
+        steps.extend(self.losses[first : step + 1].tolist())
 
-    share, epoch.Record.share = epoch.Record.share, recorded
-    for model_class, method in METHODS.items():
+    sync, Run.sync = Run.sync, recorded
+    for method in METHODS:
+        name = method.model.__name__
         steps.clear()
         words = [*TINY.split(), "--per-class", "10", "--epochs", "1", "--warm-up", "0", "--lr", "0.02"]
-        words += ["--bn-splits", str(splits), "--output-dir", f"{sys.argv[1]}/{how}{processes}/{model_class.__name__}"]
-        if method is options.MOCO:
+        words += ["--bn-splits", str(splits), "--output-dir", f"{sys.argv[1]}/{how}{processes}/{name}"]
+        if method.shuffle_keys:
             words += ["--moco-k", "72", "--moco-dim", "16", "--mlp", "--aug-plus", "--moco-t", "0.2"]
-        args = options.pretrain_parser("", method).parse_args(words)
-        pretrain.train(model_class, method, args, device)
+        args = options.pretrain_parser("", method.add_options).parse_args(words)
+        pretrain.train(method, args, device)
         if distributed.rank() == 0:
-            print(json.dumps([f"{how} {processes}", model_class.__name__, steps]), flush=True)
+            print(json.dumps([f"{how} {processes}", name, steps]), flush=True)
 
 
 def process(rank, port, world):

@@ -1,0 +1,197 @@
+"""The methods, one record each: model, options, views, learning rate, defaults. A new one is a class and a record."""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco import augment, evaluate
+from moco.baselines import CrossEntropy, SupContrast
+from moco.builder import MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
+from moco.options import KEEP, Parser, fraction, positive_float, positive_int
+
+Scores = Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> (N, classes)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a pretraining script trains.
+
+    model: its class; `forward` returns the loss. build: makes one of a base encoder, the options and the number of
+    classes. add_options: adds the method's own options to a parser. defaults: of options that differ from MoCo's.
+    views: how many of an image. recipe: of each, without --aug-plus and its like. learning_rate: at a moment of the
+    run, in epochs. labels: does `forward` take labels? labels_only: does it need one for each image, and is it scored
+    by its own classifier after each epoch? shuffle_keys: see batches.Batches. classifier: the scores of the model, from
+    the model and its encoder, or None if it has no classifier.
+    """
+
+    model: type[nn.Module]
+    build: Callable[[type, Callable[..., nn.Module], Namespace, int], nn.Module]
+    learning_rate: Callable[[float, Namespace], float]
+    recipe: augment.Recipe
+    views: int = 2
+    labels: bool = True
+    labels_only: bool = False
+    shuffle_keys: bool = False
+    classifier: Callable[[nn.Module, nn.Module], Scores] | None = None
+    add_options: Callable[[Parser], None] | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def recipes(self, args: Namespace) -> list[augment.Recipe]:
+        """The recipe of each view: that of --aug-plus, --aug-mild or --aug-crop, else the method's own."""
+        chosen = {"aug_plus": augment.AUG_PLUS, "aug_mild": augment.MILD, "aug_crop": augment.PADDED}
+        recipe = next((recipe for name, recipe in chosen.items() if getattr(args, name)), self.recipe)
+        return [replace(recipe, size=args.image_size)] * self.views
+
+    def inputs(self, views: Sequence[Tensor], labels: Tensor, order: Tensor | None) -> list[Tensor]:
+        """What the model's `forward` takes of a batch; see batches.Batches.epoch."""
+        return [*views, *([labels] if self.labels else []), *([] if order is None else [order])]
+
+
+def moco_learning_rate(
+    epoch: float, lr: float, epochs: int, warm_up: int, schedule: Sequence[int] | None = None
+) -> float:
+    """MoCo's learning rate at a moment of the run, in epochs (one step into epoch 3 is 3 + 1 / steps).
+
+    Linear from 0 to lr over the warm-up; then half a cosine from lr to 0 over the rest, or with a schedule lr divided
+    by 10 at each of its epochs.
+    """
+    if epoch < warm_up:
+        return lr * epoch / warm_up
+    if schedule is None:
+        return lr * (1 + math.cos(math.pi * (epoch - warm_up) / (epochs - warm_up))) / 2
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in schedule)
+
+
+def supcon_learning_rate(epoch: float, lr: float, epochs: int, warm_up: int) -> float:
+    """The learning rate of SupContrast's authors, who count epochs from 1, at a moment of the run, in epochs.
+
+    Half a cosine from lr to lr / 1000 over all epochs, stepped once an epoch: epoch e of 0, 1, ... has its value at
+    e + 1. Over the warm-up instead linear, step by step, from 0.01 to the cosine's value at the warm-up's end.
+    """
+
+    def cosine(done):
+        return lr * (0.001 + 0.999 * (1 + math.cos(math.pi * done / epochs)) / 2)
+
+    if epoch < warm_up:
+        return 0.01 + (cosine(warm_up) - 0.01) * epoch / warm_up
+    return cosine(math.floor(epoch) + 1)
+
+
+def moco_rate(epoch: float, args: Namespace) -> float:
+    return moco_learning_rate(epoch, args.lr, args.epochs, args.warm_up, None if args.cos else args.schedule)
+
+
+def supcon_rate(epoch: float, args: Namespace) -> float:
+    return supcon_learning_rate(epoch, args.lr, args.epochs, args.warm_up) if args.cos else moco_rate(epoch, args)
+
+
+def with_queue(model: type[MoCo], **changes) -> Method:
+    """The record of a model with MoCo's constructor: its options, views and learning rate.
+
+    `changes`: other fields of Method.
+    """
+    method = Method(model, build_moco, moco_rate, augment.PLAIN, shuffle_keys=True, add_options=moco_options)
+    return replace(method, **changes)
+
+
+def moco_options(parser: Parser) -> None:
+    add = parser.adder("momentum contrast")
+    add(
+        "--moco-dim",
+        resumed=KEEP,
+        type=positive_int,
+        default=128,
+        metavar="C",
+        help="width of the features (default: %(default)s)",
+    )
+    add(
+        "--moco-k",
+        resumed=KEEP,
+        type=positive_int,
+        default=65536,
+        metavar="K",
+        help="keys in the queue (default: %(default)s)",
+    )
+    add(
+        "--moco-m",
+        resumed=KEEP,
+        type=fraction,
+        default=0.99,
+        metavar="M",
+        help="momentum of the key encoder (default: %(default)s)",
+    )
+    add(
+        "--moco-t",
+        resumed=KEEP,
+        type=positive_float,
+        default=0.07,
+        metavar="T",
+        help="temperature (default: %(default)s)",
+    )
+    add("--mlp", resumed=KEEP, action="store_true", help="MoCo v2's projection head of two layers")
+
+
+def supcon_options(parser: Parser) -> None:
+    add = parser.adder("SupContrast")
+    add("--dim", resumed=KEEP, type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
+    add("--temp", resumed=KEEP, type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
+
+
+def build_moco(model: type[MoCo], base_encoder: Callable, args: Namespace, classes: int) -> MoCo:
+    size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
+    return model(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
+
+
+def build_proto(model: type[MoCoProto], base_encoder: Callable, args: Namespace, classes: int) -> MoCoProto:
+    return build_moco(partial(model, classes=classes), base_encoder, args, classes)
+
+
+def build_supcon(model: type[SupContrast], base_encoder: Callable, args: Namespace, classes: int) -> SupContrast:
+    return model(base_encoder, args.dim, args.temp, bn_splits=args.bn_splits)
+
+
+def build_classifier(model: type[CrossEntropy], base_encoder: Callable, args: Namespace, classes: int) -> CrossEntropy:
+    return model(base_encoder, classes, bn_splits=args.bn_splits)
+
+
+def own_classifier(model: CrossEntropy, encoder: nn.Module) -> Scores:
+    """The encoder's last layer."""
+    return evaluate.frozen(encoder, keep_fc=True)
+
+
+def by_prototypes(model: MoCoProto, encoder: nn.Module) -> Scores:
+    """Similarity of the encoder's feature to each prototype."""
+    features = evaluate.frozen(encoder, keep_fc=True)
+    return lambda images: model.scores(F.normalize(features(images), dim=1))
+
+
+MOCO = with_queue(MoCo, labels=False)
+IN = with_queue(MoCoIn)
+OUT = with_queue(MoCoOut)
+SUPLOSS = with_queue(MoCoSupLoss)
+PROTO = with_queue(MoCoProto, build=build_proto, classifier=by_prototypes)
+SUPCON = Method(
+    SupContrast,
+    build_supcon,
+    supcon_rate,
+    augment.SUPCON,
+    add_options=supcon_options,
+    defaults=dict(batch_size=1024, lr=0.5, cos=True, warm_up=None),
+)
+CROSS_ENTROPY = Method(
+    CrossEntropy,
+    build_classifier,
+    supcon_rate,
+    augment.CROSS_ENTROPY,
+    views=1,
+    labels_only=True,
+    classifier=own_classifier,
+    defaults=dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None),
+)
+ALL = {"main_moco.py": MOCO, "main_moco_in.py": IN, "main_moco_out.py": OUT, "main_moco_suploss.py": SUPLOSS}
+ALL |= {"main_moco_proto.py": PROTO, "main_supcon.py": SUPCON, "main_ce.py": CROSS_ENTROPY}

@@ -1,0 +1,352 @@
+"""A training run: what its epoch has seen, what a user sees of it, its log and checkpoints, and how it is stopped."""
+
+import csv
+import errno
+import fcntl
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moco import checkpoint, distributed
+from moco.errors import RunError, say
+from moco.losses import HEALTH
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they ask a run to save its step and leave
+PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
+
+
+class Run:
+    """A context manager around the epochs of a training loop; pretraining and linear evaluation have one each.
+
+    Args:
+        folder: of NAME.csv, tensorboard/NAME and the checkpoint `last`. columns: of the log.
+        print_freq: steps between two lines. advice: what may help where the loss is not finite.
+        epochs: of the run. steps, images: of an epoch. batch_size: of the global batch.
+
+    Attributes:
+        epoch, step: where the run stands: the next step to train.
+        losses: (steps,) float32 of the epoch, on the device; global up to `step`, this process's own after it.
+        stopping: a signal asked to stop, and all processes have agreed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        last: str,
+        columns: list[str],
+        print_freq: int,
+        device: torch.device,
+        advice: str,
+        *,
+        epochs: int,
+        steps: int,
+        images: int,
+        batch_size: int,
+    ):
+        self.folder, self.name, self.last, self.columns = Path(folder), name, last, columns
+        self.epochs, self.length, self.images, self.batch_size = epochs, steps, images, batch_size
+        self.print_freq, self.advice = print_freq, advice
+        self.epoch = self.step = 0
+        self.lr = 0.0  # at the last `sync`
+        self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
+        self.seconds = 0.0  # spent on the epoch before this run went on with it
+        self.unevaluated = None  # the log's row of an epoch whose steps are complete, from a checkpoint
+        self.stopping, self.signal = False, 0
+        self.writer = checkpoint.Writer()
+
+    def resume(self, saved: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
+        """Goes on where a checkpoint, read from `path`, was written: after an epoch or within one."""
+        try:
+            checkpoint.load_optimizer(optimizer, saved["optimizer"])
+            self.epoch, self.step = int(saved["epoch"]), int(saved.get("step", 0))
+            if self.step:
+                self.losses[: self.step] = saved["losses"]
+                self.health.copy_(saved["health"])
+                self.seconds = float(saved.get("seconds", 0))
+            if self.step == self.length:
+                self.unevaluated = {name: float(value) for name, value in saved["unevaluated"].items()}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
+
+    def __enter__(self) -> "Run":
+        self.table = Log(self.folder, self.name, self.columns, self.epoch)
+        self.handlers = {number: signal.signal(number, self.ask) for number in ASKING}
+        self.began = time.perf_counter() - self.seconds
+        self.bar = None
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.close_bar()
+        self.table.close()
+        self.writer.close(failed=kind is not None)
+
+    def ask(self, number, frame) -> None:
+        """Handles a signal. A second SIGINT ends the run at once; schedulers send the others more than once."""
+        self.signal = number
+        for each in ASKING:
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
+
+    def steps(self, batches: Iterable) -> Iterator[tuple[int, Any]]:
+        """The rest of the epoch: yields (step, batch). Shows a bar on a terminal, MoCo-style lines elsewhere."""
+        self.first, self.waiting = self.step, 0.0
+        self.begun = self.mark = time.perf_counter()
+        if distributed.rank() == 0 and sys.stdout.isatty():
+            title = f"epoch {self.epoch}/{self.epochs - 1}"
+            self.bar = tqdm(total=self.length, initial=self.first, desc=title, unit="step", leave=False)
+        batches = iter(batches)
+        for step in count(self.first):
+            start = time.perf_counter()
+            if (batch := next(batches, None)) is None:
+                break
+            self.waiting += time.perf_counter() - start  # on a GPU: the time it takes to ask for the batch
+            yield step, batch
+        self.close_bar()
+
+    def add(self, step: int, loss: Tensor, health: Tensor | None = None) -> None:
+        """Keeps a step's loss and, where it was looked at, the health of its contrast. Does not wait for the device."""
+        self.losses[step] = loss.detach()
+        if health is not None:
+            self.health[:4] += health
+            self.health[4] += 1
+
+    def due(self, step: int) -> bool:
+        """Is `sync` due after this step? A process that has nobody to agree with stops at once."""
+        alone = self.signal and distributed.world_size() == 1
+        return (step + 1) % self.print_freq == 0 or step + 1 == self.length or bool(alone)
+
+    def sync(self, step: int, lr: float) -> None:
+        """Makes the losses up to this step global and shows them; the processes agree whether to stop. One collective.
+
+        RunError: a loss is not finite.
+        """
+        fresh = torch.cat([self.losses[self.step : step + 1], self.losses.new_full((1,), float(self.signal))])
+        fresh = distributed.all_mean(fresh)
+        self.losses[self.step : step + 1] = fresh[:-1]
+        *losses, asked = fresh.tolist()
+        for number, loss in enumerate(losses, self.step):
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss of epoch {self.epoch}, step {number}, is not finite; {self.advice}. "
+                    "The last checkpoint is from before it"
+                )
+        moved, self.step, self.lr, self.stopping = step + 1 - self.step, step + 1, lr, asked > 0
+        self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
+
+    def show(self, moved: int, **values: str) -> None:
+        """After `moved` more steps."""
+        now = time.perf_counter()
+        step_time, data_time, speed = (now - self.mark) / moved, self.waiting / moved, self.images_per_second
+        self.mark, self.waiting = now, 0.0
+        if distributed.rank() != 0:
+            return
+        if self.bar is not None:
+            self.bar.update(moved)
+            self.bar.set_postfix({**values, "images/s": f"{speed:.0f}"}, refresh=False)
+            return
+        left = timedelta(seconds=round((self.images * (self.epochs - self.epoch) - self.seen(self.step)) / speed))
+        shown = "  ".join(f"{name} {value}" for name, value in values.items())
+        say(
+            f"Epoch: [{self.epoch}][{self.step:{len(str(self.length))}}/{self.length}]  Time {step_time:.3f}  "
+            f"Data {data_time:.3f}  {shown}  images/s {speed:.0f}  ETA {left}"
+        )
+
+    def seen(self, step: int) -> int:
+        """Images in this many steps of an epoch."""
+        return min(step * self.batch_size, self.images)
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.seen(self.step) - self.seen(self.first)) / max(time.perf_counter() - self.begun, 1e-9)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def summary(self) -> dict[str, float]:
+        """The log's row of an epoch whose steps are complete: means over its steps and the processes. One collective."""
+        *sums, looks = distributed.all_mean(self.health).tolist()
+        if self.unevaluated:
+            return self.unevaluated
+        health = {name: value / looks for name, value in zip(HEALTH, sums, strict=True)} if looks else {}
+        return dict(lr=self.lr, images_per_second=self.images_per_second, loss=self.losses.mean().item(), **health)
+
+    def state(self, unevaluated: dict | None = None) -> dict:
+        """What a checkpoint within an epoch holds of it; `unevaluated`: its `summary`, where its steps are complete.
+
+        Each process must call it.
+        """
+        seen = dict(step=self.step, losses=self.losses[: self.step].clone(), health=distributed.all_mean(self.health))
+        seen |= dict(seconds=time.perf_counter() - self.began)
+        return seen | dict(unevaluated=unevaluated) if unevaluated else seen
+
+    def save(self, content: dict, kept: str | None = None) -> None:
+        """Writes a checkpoint in a thread, on rank 0; `kept`: a second name for it."""
+        if distributed.rank() == 0:
+            self.writer.save(self.folder / self.last, content, kept)
+
+    def log(self, row: dict[str, float | None]) -> None:
+        """Ends the epoch: its row in the log. What follows, saving included, belongs to the next one's seconds."""
+        now = time.perf_counter()
+        row["seconds"] = now - self.began
+        self.table.add(self.epoch, **row)
+        self.epoch, self.step, self.unevaluated, self.began = self.epoch + 1, 0, None, now
+        self.losses.zero_()
+        self.health.zero_()
+
+    def exit_saved(self) -> NoReturn:
+        """Ends this process when its checkpoint is written, as all processes have agreed."""
+        self.close_bar()
+        self.writer.finish()
+        where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
+        say(f"stopped {where}; --resume auto continues from there")
+        distributed.barrier()  # rank 0 has saved by now: the launcher ends all processes once one is gone
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """For data-loading workers: the training process handles signals, and needs its workers for the last step."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Log:
+    """One row per epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only rank 0 writes.
+
+    A resumed run drops the rows from its first epoch on: each epoch is there once. The log of an earlier run is
+    replaced when there is a first row to replace it.
+    """
+
+    def __init__(self, folder: str | Path, name: str, columns: list[str], first_epoch: int = 0):
+        self.columns = columns
+        self.writer = None
+        if distributed.rank() != 0:
+            return
+        self.path = Path(folder, f"{name}.csv")
+        self.rows = [row for row in read_log(self.path) if int(row["epoch"]) < first_epoch]
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        threading.excepthook = all_but_os_errors
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if first_epoch:
+                self.write(self.rows)
+            self.writer = SummaryWriter(os.path.join(folder, "tensorboard", name), purge_step=first_epoch)
+        except OSError as error:
+            raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
+
+    def write(self, rows: Iterable[dict]) -> None:
+        tmp = self.path.with_name(self.path.name + ".tmp")
+        with open(tmp, "w", newline="") as file:
+            table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(tmp, self.path)
+        self.rows = list(rows)
+
+    def add(self, epoch: int, **values: float | None) -> None:
+        """Values may be None: not measured in this epoch."""
+        if distributed.rank() != 0:
+            return
+        row = {"epoch": epoch, **{name: rounded(value) for name, value in values.items()}}
+        try:
+            self.write([*self.rows, row])
+            for name, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+        except OSError as error:
+            raise RunError(f"'{self.path}' or tensorboard/ next to it cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def all_but_os_errors(error: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread's error, unless TensorBoard's thread has met the full disk that `Log` reports."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
+def rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.7g}"
+
+
+def read_log(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a log, as dicts of strings; none, if there is no log. A row that was cut short is left out."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="", errors="replace") as file:
+        return [
+            row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal() and None not in row.values()
+        ]
+
+
+@contextmanager
+def lock(folder: str | Path, name: str) -> Iterator[None]:
+    """Keeps every other run that writes FOLDER/NAME.csv and its checkpoints out of the folder. Only rank 0 holds it.
+
+    The kernel releases it when that process ends, however it ends; child processes do not inherit it.
+
+    Raises:
+        RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
+    """
+    if distributed.rank() != 0:
+        yield
+        return
+    path = Path(folder, f"{name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115  not truncated: it may be another run's
+    except OSError as error:
+        raise RunError(f"'{error.filename}' cannot be written: {error.strerror}") from None
+    with file:
+        acquire(file, path)
+        yield
+
+
+def acquire(file, path: Path) -> None:
+    """Locks the open file and writes this process's place into it."""
+    for second in range(PATIENCE + 1):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise RunError(f"'{path}' cannot be written: {error.strerror}") from None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"note: '{path.parent}' cannot be locked ({error.strerror}): start no second run in it")
+                return
+        file.seek(0)
+        place = file.read().decode(errors="replace").strip() or "another run"
+        if second == 0:
+            say(f"note: {place} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
+        if second < PATIENCE:
+            time.sleep(1)
+    raise RunError(f"{place} is using '{path.parent}': wait for it to end, or choose another --output-dir")

@@ -8,6 +8,8 @@ in model_best.pth.tar, with its encoder; this evaluates it again:
     python main_lincls.py -e --resume model_best.pth.tar data/
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import closing, nullcontext

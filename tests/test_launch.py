@@ -315,3 +315,23 @@ def test_losses_do_not_depend_on_how_processes_and_nodes_are_cut(tmp_path):
     for (world, method), values in losses.items():
         assert len(values) == 3
         assert values == pytest.approx(losses["alone 1", method], rel=2e-4), (world, method)
+
+
+@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
+@pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
+def test_threads_wait_as_the_user_says(script, given):
+    """Before torch is imported, which reads it; only where nothing is said."""
+    program = f"""
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+runpy.run_path("{script}", run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= dict([given.split("=")]) if given else {}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == {"": "1000", "OMP_WAIT_POLICY=ACTIVE": "None"}.get(given, "7"), done.stderr

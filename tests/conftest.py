@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = str(ROOT)  # the scripts are run in processes of their own, too
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests")]
+)  # the scripts are run in processes of their own, too
 
 # A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps an epoch.
 TINY = "-a resnet20 --dataset digits --image-size 8 --per-class 16 -b 32 --seed 0 -p 1"

@@ -277,13 +277,18 @@ OBJECTIVES = [method.model.__name__ for method in methods.ALL.values()]
 
 def every_objective(tmp_path, *worlds):
     """The steps' losses and the last checkpoint of each objective in each world: (processes, words after OUT)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--master-port=0"]
     launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     runs = []
     for number, (processes, *words) in enumerate(worlds):
         launch = [*launcher, f"--nproc-per-node={processes}"] if processes > 1 else []
-        command = [sys.executable, *launch, str(ROOT / "tests" / "every_objective.py"), str(tmp_path / str(number))]
+        command = [
+            sys.executable,
+            *launch,
+            str(ROOT / "tests/subprocesses" / "every_objective.py"),
+            str(tmp_path / str(number)),
+        ]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         runs.append(subprocess.Popen([*command, *words], env=environment, **pipes))
     for process in runs:
@@ -327,10 +332,10 @@ def test_two_compiled_processes_with_two_splits(tmp_path):
 def test_no_image_crosses_processes(method, features, width, files, folder, tmp_path):
     """A step's collectives: one gather of keys (features) with labels, and DDP's gradients, overlapped with the
     backward pass; every --print-freq steps one more, of the losses. Of images in files, the key crops, as uint8."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += [str(ROOT / "tests" / "count_traffic.py"), str(tmp_path), method]
+    words += [str(ROOT / "tests/subprocesses" / "count_traffic.py"), str(tmp_path), method]
     if files:
         data = folder(train=80)
         with Image.open(data / "train/cat/0.png") as image:

@@ -82,7 +82,7 @@ def test_killed_at_random_instants(tmp_path):
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
     """The first one has it save, which takes two minutes here."""
-    run = start("tests/slow_disk.py", "main_moco.py", *TINY_MOCO.split(), "--output-dir", str(tmp_path))
+    run = start("tests/subprocesses/slow_disk.py", "main_moco.py", *TINY_MOCO.split(), "--output-dir", str(tmp_path))
     until(run, "Epoch: [0]")
     os.kill(run.pid, signal.SIGINT)
     until(run, "saving")
@@ -278,7 +278,7 @@ def test_settings_that_do_not_fit_the_data(run, tmp_path):
 def test_every_fault_on_the_page_has_its_test():
     section = (ROOT / "docs/faults.md").read_text()
     named = {line.split("`")[-2] for line in section.splitlines() if line.startswith("| ") and "`test_" in line}
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) >= 12
     for name in named:
         assert f"def {name}(" in tests, name

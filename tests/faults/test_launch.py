@@ -129,14 +129,26 @@ def test_processes_can_be_started_for_every_script(script, run, monkeypatch):
 
 def test_one_process_for_each_gpu(tmp_path):
     """MoCo's own command; a signal to the process that starts the others; the linear evaluation of what it left."""
-    words = ["tests/two_gpus.py", str(ROOT / "main_moco_out.py"), *TINY_MOCO.split(), "--output-dir", str(tmp_path)]
+    words = [
+        "tests/subprocesses/two_gpus.py",
+        str(ROOT / "main_moco_out.py"),
+        *TINY_MOCO.split(),
+        "--output-dir",
+        str(tmp_path),
+    ]
     several = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:{free_port()}".split()
     run = start(*words, *several, "--epochs", "5000")
     assert "on 2 processes" in until(run, "Epoch: [0]")
     run.send_signal(signal.SIGTERM)
     out = run.communicate(timeout=60)[0]
     assert run.returncode == 143 and out.count("stopped ") == 1 and "Traceback" not in out, out
-    words = ["tests/two_gpus.py", str(ROOT / "main_lincls.py"), *TINY.split(), "--output-dir", str(tmp_path)]
+    words = [
+        "tests/subprocesses/two_gpus.py",
+        str(ROOT / "main_lincls.py"),
+        *TINY.split(),
+        "--output-dir",
+        str(tmp_path),
+    ]
     linear = start(*words, *several, "--epochs", "1", "--pretrained", str(tmp_path / "checkpoint_last.pth.tar"))
     out = linear.communicate(timeout=100)[0]
     assert linear.returncode == 0 and out.count("result: ") == 1, out
@@ -197,7 +209,7 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
 def test_a_survivor_that_nothing_wakes_is_ended(victim):
     """With NCCL a process can wait for a dead one, deaf to signals: its launcher kills it."""
     begun = time.monotonic()
-    run = start("tests/sleeper.py", str(free_port()), str(victim))
+    run = start("tests/subprocesses/sleeper.py", str(free_port()), str(victim))
     out = run.communicate(timeout=100)[0]
     assert f"error: process {victim} of 2 was ended by SIGKILL" in out and f"(rank {victim} on " in out, out
     survivor = int(out.split("survivor ")[1].split()[0])
@@ -304,8 +316,8 @@ def test_the_sbatch_file_asks_for_what_the_launch_needs():
 
 def test_losses_do_not_depend_on_how_processes_and_nodes_are_cut(tmp_path):
     """Eight processes, four of two chunks, two nodes of four chunks and one process of eight."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests/worlds.py"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/subprocesses/worlds.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]

@@ -2,7 +2,6 @@ import os
 import runpy
 import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 if not any("test_gpu" in word for word in sys.argv):  # the others compare bits, and start more processes than GPUs
@@ -15,14 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(ROOT), str(ROOT / "tests")]
-)  # the scripts are run in processes of their own, too
+pytest.register_assert_rewrite("helpers")
+from helpers import ROOT, SIZES, TINY_FOLDER, photo  # noqa: E402
 
-# A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps an epoch.
-TINY = "-a resnet20 --dataset digits --image-size 8 --per-class 16 -b 32 --seed 0 -p 1"
-TINY_MOCO = f"{TINY} --moco-k 80 --moco-dim 16 --warm-up 1 --mlp --aug-plus --cos"
+# The scripts are run in processes of their own, too; the programs in subprocesses/ import the helpers.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture
@@ -60,3 +56,31 @@ def folder(tmp_path):
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """An image folder of two classes of JPEGs of several sizes."""
+
+    def make(train=8, val=4):
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for label in ("cat", "dog"):
+                place = tmp_path / "photos" / split / label
+                place.mkdir(parents=True)
+                for n in range(count):
+                    photo(rng, SIZES[n % len(SIZES)]).save(place / f"{n}.jpg", quality=90)
+        return tmp_path / "photos"
+
+    return make
+
+
+@pytest.fixture
+def trained(run, folder, tmp_path):
+    """The data, a pretraining checkpoint and a classifier's."""
+    data = folder(train=8, val=5)
+    assert run("main_moco_in.py", TINY_FOLDER, "--moco-k 32 --mlp --output-dir", tmp_path, data).status == 0
+    last = tmp_path / "checkpoint_last.pth.tar"
+    done = run("main_lincls.py", "-b 8 --epochs 2 --pretrained", last, "--output-dir", tmp_path, data)
+    assert "worst classes: " in done.out.splitlines()[-2] and "cat" in done.out.splitlines()[-2]
+    return data, last, tmp_path / "model_best.pth.tar"

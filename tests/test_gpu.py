@@ -11,14 +11,14 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, TINY, TINY_MOCO
+from helpers import MEAN, ROOT, SCRIPTS, STD, TINY, TINY_MOCO, images, printed_losses, rows
 from moco import augment, encoders, pretrain
-from test_augment import MEAN, STD, images
-from test_runs import SCRIPTS, printed_losses, rows
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU, and its name: pytest tests/test_gpu.py"
 )
+
+
 EVERY_SCRIPT = [(script, TINY_MOCO) for script in SCRIPTS] + [("main_supcon.py", TINY), ("main_ce.py", TINY)]
 
 

@@ -1,6 +1,5 @@
-"""Ways to launch, several machines (here: several launches on one), and what each of them says when one fails."""
+"""Several processes and machines (here: several launches on one), and what each prints when one fails."""
 
-import json
 import os
 import re
 import signal
@@ -8,123 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing.reduction import ForkingPickler
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 
-from conftest import ROOT, TINY, TINY_MOCO
-from moco import datasets, distributed, launch
-from moco.errors import UsageError
-from test_bad_input import SHORT
-from test_faults import free_port, start, until
-
-NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
-TORCHRUN = NODE | dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
-MOCO = dict(multiprocessing_distributed=True, world_size=1, rank=0, dist_url="tcp://localhost:10013")
-URL = launch.DIST_URL.removeprefix("tcp://")
-
-
-@pytest.mark.parametrize(
-    "gpus, options, ranks, world_size, place",
-    [
-        (0, {}, None, 1, None),
-        (8, {}, None, 1, None),
-        (0, MOCO, None, 1, None),
-        (1, MOCO, None, 1, None),
-        (2, MOCO, range(2), 2, "localhost:10013"),
-        (2, dict(multiprocessing_distributed=True), range(2), 2, URL),
-        (8, MOCO | dict(world_size=2, rank=1), range(8, 16), 16, "localhost:10013"),
-        (1, MOCO | dict(world_size=2, rank=1), range(1, 2), 2, "localhost:10013"),
-        (8, dict(world_size=2, rank=0, dist_url="tcp://[::1]:99"), range(1), 2, "::1:99"),
-    ],
-)
-def test_processes_that_options_start(gpus, options, ranks, world_size, place):
-    processes = launch.plan({}, gpus, **options)
-    if ranks is None:
-        assert processes == [{}]
-        return
-    assert all(tuple(process) == launch.VARIABLES for process in processes)
-    numbers = [[int(process[name]) for name in launch.VARIABLES[:4]] for process in processes]
-    assert numbers == [[rank, world_size, local, len(ranks)] for local, rank in enumerate(ranks)]
-    assert {f"{process['MASTER_ADDR']}:{process['MASTER_PORT']}" for process in processes} == {place}
-
-
-@pytest.mark.parametrize(
-    "gpus, processes, local_rank, gpu, device",
-    [
-        (0, 2, 1, None, "cpu"),
-        (1, 4, 3, None, "cuda:0"),  # each process sees its own GPU, numbered 0
-        (4, 4, 3, None, "cuda:3"),
-        (4, 1, 0, 2, "cuda:2"),
-        (2, 4, 3, None, "4 processes need a GPU each: this machine shows 2"),
-        (2, 1, 0, 5, "--gpu 5: this machine shows 2"),
-        (0, 1, 0, 0, "--gpu 0: this machine shows 0"),
-    ],
-)
-def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(distributed, "processes_on_node", processes)
-    monkeypatch.setattr(distributed, "local_rank", local_rank)
-    if "GPU" in device or "--gpu" in device:
-        with pytest.raises(UsageError, match=device):
-            launch.choose_device(gpu)
-    else:
-        assert str(launch.choose_device(gpu)) == device
-
-
-def test_options_that_the_environment_overrides_are_named(capsys):
-    options = MOCO | dict(gpu=0)
-    assert launch.inherited(TORCHRUN | dict(RANK="0", HOME="/"), **options) == TORCHRUN | dict(RANK="0")
-    names = "--multiprocessing-distributed, --gpu, --world-size, --rank, --dist-url"
-    assert capsys.readouterr().out.startswith(f"note: {names} ignored: ")
-    launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
-    launch.inherited(TORCHRUN | dict(RANK="0"), gpu=None, dist_url=launch.DIST_URL)
-    assert capsys.readouterr().out == ""
-    with pytest.raises(UsageError, match="LOCAL_RANK is 'first'"):
-        launch.inherited(TORCHRUN | dict(LOCAL_RANK="first"))
-
-
-STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
-
-
-@pytest.mark.parametrize(
-    "environment, options, says",
-    [
-        (
-            dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
-            {},
-            "not LOCAL_RANK, LOCAL_WORLD_SIZE: use torchrun",
-        ),
-        (STEP, {}, "8 tasks of this srun step would train alone; use scripts/slurm.sh"),
-        (STEP, MOCO, "8 tasks of this srun step would train alone"),
-        ({}, dict(dist_url="file:///tmp/meet"), "file:///tmp/meet': use tcp://HOST:PORT, or .* torchrun"),
-        ({}, dict(dist_url="tcp://localhost"), "tcp://HOST:PORT"),
-        ({}, dict(world_size=2, rank=2), "--rank 2 is not one of the 2 nodes"),
-        ({}, dict(world_size=2), "--rank -1 is not one of the 2 nodes"),
-        (dict(RANK="0", WORLD_SIZE="1"), {}, None),  # a PyTorchJob of one pod
-        (dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0"), {}, None),  # the shell of a batch script
-        (STEP | dict(SLURM_STEP_NUM_TASKS="1"), {}, None),  # srun --pty bash
-        (STEP, dict(world_size=8, rank=3), None),  # the options tell the tasks apart
-    ],
-)
-def test_environments_that_are_refused(environment, options, says):
-    if says is None:
-        assert len(launch.plan(environment, 0, **options)) == 1
-    else:
-        with pytest.raises(UsageError, match=says):
-            launch.plan(environment, 0, **options)
-
-
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("main_*.py")))
-def test_processes_can_be_started_for_every_script(script, run, monkeypatch):
-    """A process of torch.multiprocessing gets the worker as a pickle."""
-    pickles = []
-    monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
-    words = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
-    assert run(script, TINY, words).status == 0 and pickles
+from helpers import ROOT, SHORT, TINY, TINY_MOCO, free_port, refused, start, until
+from moco import launch
 
 
 def test_one_process_for_each_gpu(tmp_path):
@@ -236,25 +125,6 @@ def test_each_node_prints_one_line(tmp_path):
         assert re.search(rf"\(rank [{2 * node}{2 * node + 1}] on ", said[0]), said
 
 
-def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeypatch):
-    place = folder(train=4)
-    size = 8 * 3 * 12 * 12
-    for free, kept in ((2 * size, True), (2 * size - 2, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
-        monkeypatch.setattr(distributed, "total", lambda value, device: float(value))
-        assert datasets.fits(size, torch.device("cuda")) == kept and datasets.fits(size, torch.device("cpu"))
-        monkeypatch.setattr(datasets, "fits", lambda size, device, kept=kept: kept)
-        split = datasets.load("imagefolder", place, True)
-        assert (split.images is not None) == kept and len(split.paths) == 8
-        monkeypatch.undo()
-
-
-def test_the_out_of_memory_line_names_what_takes_the_memory():
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CPUAllocator: can't allocate memory")):
-        text = str(launch.explained(error))
-        assert "-b" in text and "--moco-k" in text and str(error) in text
-
-
 SRUN_SCRIPT = """#!/bin/bash
 # Stands in for srun: two tasks on this machine, which get its signals; its status is their highest.
 while [[ $1 == --* ]]; do shift; done
@@ -314,36 +184,63 @@ def test_the_sbatch_file_asks_for_what_the_launch_needs():
     assert asks["signal"] == "USR1@120" and "requeue" in asks and asks["open-mode"] == "append"
 
 
-def test_losses_do_not_depend_on_how_processes_and_nodes_are_cut(tmp_path):
-    """Eight processes, four of two chunks, two nodes of four chunks and one process of eight."""
+def test_processes_that_cannot_share_a_batch(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += [
+        "--rdzv-endpoint=localhost:0",
+        str(ROOT / "main_moco.py"),
+        *TINY_MOCO.split(),
+        "--epochs",
+        "1",
+        "-b",
+        "31",
+    ]
+    done = subprocess.run([*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "error: -b 31" in line]
+    assert len(said) == 1 and "2 processes" in said[0], done.stderr
+
+
+def test_a_port_in_use(run, monkeypatch):
+    refused(run("main_moco.py", TINY_MOCO, "--world-size 2 --rank 0 --dist-url tcp://localhost"), 2, "HOST:PORT")
+    monkeypatch.setattr(os, "environ", {**os.environ})  # which gets this process's variables
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        words = f"--world-size 2 --rank 0 --dist-url tcp://localhost:{port}"
+        says = (f"could not meet at localhost:{port} (--dist-url)", "address already in use")
+        refused(run("main_moco.py", TINY_MOCO, "--epochs 1", words), 1, *says)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_dies(victim, tmp_path):
+    """The other ends as well, within a minute, and says in one line what happened."""
+    port = free_port()
+    words = [*TINY_MOCO.split(), "--epochs", "5000", "--world-size", "2", "--dist-url", f"tcp://localhost:{port}"]
+    words += ["--output-dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/subprocesses/worlds.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    losses = {(world, method): values for world, method, values in lines}
-    worlds, methods = {world for world, _ in losses}, {method for _, method in losses}
-    assert len(worlds) == 4 and len(methods) == 6 and len(losses) == 24
-    for (world, method), values in losses.items():
-        assert len(values) == 3
-        assert values == pytest.approx(losses["alone 1", method], rel=2e-4), (world, method)
+    runs = [start("main_moco_out.py", *words, "--rank", str(rank), env=environment) for rank in (0, 1)]
+    until(runs[0], "Epoch: [1]")
+    runs[victim].kill()
+    other = runs[1 - victim]
+    begun = time.monotonic()
+    out = other.communicate(timeout=60)[0]
+    runs[victim].communicate()
+    assert time.monotonic() - begun < 60
+    assert other.returncode == 1 and "Traceback" not in out, out
+    said = [line for line in out.splitlines() if "error: " in line]
+    assert len(said) == 1 and "another of the 2 processes" in said[0], out
+    assert f"(rank {1 - victim} on {socket.gethostname()})" in said[0] and "[c10d]" not in out, out
 
 
-@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
-@pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
-def test_threads_wait_as_the_user_says(script, given):
-    """Before torch is imported, which reads it; only where nothing is said."""
-    program = f"""
-import os, runpy, sys
-class Watch:
-    def find_spec(self, name, *rest):
-        if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"))
-            sys.exit()
-sys.meta_path.insert(0, Watch())
-runpy.run_path("{script}", run_name="__main__")
-"""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    environment |= dict([given.split("=")]) if given else {}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == {"": "1000", "OMP_WAIT_POLICY=ACTIVE": "None"}.get(given, "7"), done.stderr
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_meet(rank, run, monkeypatch):
+    """A missing rank, a master that is not there: a clear line when the patience (ten minutes) ends."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(launch, "PATIENCE", timedelta(seconds=2))
+    port = free_port()
+    done = run("main_moco.py", TINY_MOCO, f"--world-size 2 --rank {rank} --dist-url tcp://localhost:{port}")
+    said = [line for line in done.err.splitlines() if "error: " in line]
+    assert done.status == 1 and len(said) == 1 and "could not meet" in said[0], done.err
+    assert "Traceback" not in done.err

@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 
+from helpers import refused
 from moco.run import read_log
-from test_bad_input import refused
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
 
 
 @pytest.fixture
-def rows(run, folder, tmp_path):
+def measured(run, folder, tmp_path):
     """In and cross entropy for an epoch: the data, the weights, the results, and the words that name them."""
     data = folder(train=12, val=6)
     where = f"--runs {tmp_path}/runs --results {tmp_path}/files --weights {tmp_path}/pretrained"
@@ -23,8 +23,8 @@ def rows(run, folder, tmp_path):
     return data, tmp_path / "pretrained", tmp_path / "files", where
 
 
-def test_one_file_three_uses(run, rows, folder, tmp_path):
-    data, weights, files, where = rows
+def test_one_file_three_uses(run, measured, folder, tmp_path):
+    data, weights, files, where = measured
     for name in ("in", "ce"):
         (path,) = files.glob(f"{name}-*.json")
         row, file = json.loads(path.read_text()), weights / f"{name}-resnet20.pth.tar"

@@ -3,10 +3,11 @@
 import math
 import re
 
+import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
+from helpers import ROOT, foreign
 from moco import encoders, methods, options
 
 IMAGENET = (ROOT / "docs/imagenet.md").read_text()
@@ -66,3 +67,33 @@ def test_cifar10_is_enlarged(folder, tmp_path, monkeypatch):
     made = sorted((tmp_path / "large").glob("*/*/*.jpg"))
     sizes = {Image.open(path).size for path in made}
     assert len(made) == 10 and len(sizes) > 5 and all(96 <= side <= 256 for size in sizes for side in size)
+
+
+def test_the_page_runs(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (50, 40)).save("photo.png")
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    for page in ("docs/use.md", "README.md"):
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+        (block,) = [block for block in blocks if "load_encoder" in block]
+        there = {}
+        exec(block, there)
+        assert there["features"].shape == (1, 64)
+
+
+def test_the_page_on_photos(run, folder, tmp_path, monkeypatch):
+    """Its commands as they stand, but for small photos, a smaller network and two epochs."""
+    pytest.importorskip("onnxruntime")
+    (block,) = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs/photos.md").read_text(), re.S | re.M)
+    fetch, *commands = block.replace("\\\n", " ").splitlines()
+    assert len(commands) == 3 and "'resnet50.pth'" in fetch
+    monkeypatch.chdir(tmp_path)
+    folder("photos", size=(90, 80), train=8, val=4)
+    (tmp_path / foreign(tmp_path, "torchvision")[0].name).rename("resnet50.pth")
+    for command in commands:
+        _, script, *words = command.split()
+        small = "--image-size 72 -b 8 --moco-k 16 --epochs 2 -j 1" if script == "main_moco_out.py" else ""
+        done = run(script, " ".join(words), small)
+        assert done.status == 0, done.err
+        assert {"main_moco_out.py": "120 tensors taken", "scripts/extract.py": "MAP@R"}.get(script, "") in done.out
+    assert (tmp_path / "run/encoder.onnx").exists()

@@ -1,4 +1,4 @@
-"""Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_runs.
+"""Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_processes.
 
 A line each: what (gather, reduce, broadcast, crops: all-to-all, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
 and how many gradients are still to be computed.
@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from conftest import TINY
+from helpers import TINY
 from moco import distributed, methods, options, pretrain
 
 dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""Trains two short epochs of every objective, on as many processes as there are. Used by test_runs.
+"""Trains two short epochs of every objective, on as many processes as there are. Used by test_processes.
 
 OUT BN_SPLITS [--compile | --no-compile]: with the third word, of a small network that compiles in seconds.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conftest import TINY
+from helpers import TINY
 from moco import distributed, encoders, methods, options, pretrain
 from moco.run import Run
 

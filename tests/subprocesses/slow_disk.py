@@ -3,12 +3,8 @@
 import runpy
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from moco import checkpoint  # noqa: E402
+from moco import checkpoint
 
 
 def save(*rest):
@@ -18,4 +14,4 @@ def save(*rest):
 
 checkpoint.save = save
 sys.argv = sys.argv[1:]
-runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+runpy.run_path(sys.argv[0], run_name="__main__")

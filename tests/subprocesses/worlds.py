@@ -1,4 +1,4 @@
-"""Prints the losses of the same few steps in several worlds, as JSON lines: OUT. Used by test_launch.
+"""Prints the losses of the same few steps in several worlds, as JSON lines: OUT. Used by test_processes.
 
 A world is a number of processes, how they are launched, and --bn-splits. Its processes are forked: torch is imported
 once.
@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import torch.utils.tensorboard  # noqa: F401  here, not in each process
 
-from conftest import TINY
+from helpers import TINY
 from moco import distributed, launch, methods, options, pretrain
 from moco.run import Run
 

@@ -6,31 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
+from helpers import MEAN, STD, images, pillow
 from moco import augment
 from moco.augment import AUG_PLUS, PLAIN, Recipe
-from moco.datasets import CIFAR10
 
-MEAN, STD = CIFAR10
 IDENTITY = torch.tensor([0, 0, 32, 32, 0, 1, 1, 1, 0, 0, 0.0])
-
-
-def images(count, height=32, width=32):
-    """Smooth images, noise, saturated ones and gray ones, as (count, 3, height, width) uint8."""
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (count, height, width, 3))
-    smooth = np.linspace(0, 255, width)[None, None, :, None] * rng.random((count, 1, 1, 3)) + 0 * noise
-    saturated = (rng.random((count, height, width, 3)) > 0.5) * 255
-    gray = noise.mean(3, keepdims=True) + 0 * noise
-    kinds = np.stack([noise, smooth, saturated, gray])[np.arange(count) % 4, np.arange(count)]
-    return torch.from_numpy(kinds.astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
-
-
-def pillow(image):
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def pixels(picture):
@@ -252,3 +236,28 @@ def test_pillow_transform_draws_from_torchs_generator():
         torch.manual_seed(seed)
         made.append(transform(picture))
     assert made[0].shape == (3, 24, 24) and torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_padded_views_are_torchvisions():
+    x, recipe = images(120), augment.PADDED
+    parameters = recipe.draw(120, 32, 32, torch.Generator().manual_seed(1))
+    ours = augment.Views(recipe, MEAN, STD, "cpu")(x, parameters, (0, 1, 2, 3))
+    theirs = []
+    for image, row in zip(x, parameters, strict=True):
+        top, left = (int(v) + 4 for v in row[:2])
+        picture = tv.crop(tv.pad(pillow(image), 4), top, left, 32, 32)
+        theirs.append(tv.normalize(tv.to_tensor(tv.hflip(picture) if row[augment.FLIP] else picture), MEAN, STD))
+    assert (ours - torch.stack(theirs)).abs().max() < 1e-5
+
+
+def test_padded_crops_have_torchvisions_distribution():
+    count = 20_000
+    ours = augment.PADDED.draw(count, 32, 40, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    padded = torch.empty(1, 40, 48)
+    theirs = torch.tensor([transforms.RandomCrop.get_params(padded, (32, 32))[:2] for _ in range(count)]) - 4
+    for column in (0, 1):
+        mine, other = ours[:, column].long(), theirs[:, column]
+        assert (mine.min(), mine.max()) == (other.min(), other.max())
+        assert (mine.add(4).bincount() - other.add(4).bincount()).abs().max() < 0.02 * count
+    assert isinstance(augment.PADDED.transform(MEAN, STD).transforms[0], transforms.RandomCrop)

@@ -5,15 +5,16 @@ import inspect
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import ROOT
-from moco import encoders, methods, options
-from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoSupLoss
+from helpers import ROOT
+from moco import encoders, methods, options, pretrain
+from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
 from moco.losses import in_loss
 
 VARIANTS = [MoCo, MoCoIn, MoCoOut, MoCoSupLoss]
@@ -358,3 +359,49 @@ def test_a_key_encoder_never_takes_gradient(name):
     assert bool(keys) == method.shuffle_keys
     assert not any(p.requires_grad or p.grad is not None for p in keys)
     assert all(p.grad is not None for key, p in model.named_parameters() if not key.startswith("encoder_k."))
+
+
+LABELS = torch.tensor([0, 2, -1, 1, 1, -1, 0, 2])
+
+
+def proto(**options):
+    return make(partial(MoCoProto, classes=3), **options)
+
+
+def test_prototypes_are_the_formula():
+    model, plain = proto(), make(MoCoIn)
+    im_q, im_k, _ = batch(0)
+    prototypes = F.normalize(model.prototypes.detach().double(), dim=1)
+    q = F.normalize(plain.encoder_q(im_q).detach().double(), dim=1)
+    terms = []
+    for i, label in enumerate(LABELS.tolist()):
+        if label != UNLABELLED:
+            s = torch.stack([q[i] @ c / model.T for c in prototypes]).exp()
+            terms.append(-(s[label] / s.sum()).log())
+    plain = make(MoCoIn)
+    expected = plain(im_q, im_k, LABELS).item() + (sum(terms) / len(terms)).item()
+    assert len(terms) == 6 and model(im_q, im_k, LABELS).item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(model.label_queue, plain.label_queue)
+
+
+def test_a_batch_without_labels_leaves_prototypes_in_the_graph():
+    model, plain = proto(), make(MoCoIn)
+    im_q, im_k, _ = batch(0)
+    nothing = torch.full((8,), UNLABELLED)
+    loss = model(im_q, im_k, nothing)
+    loss.backward()
+    assert loss.item() == plain(im_q, im_k, nothing).item()
+    assert torch.equal(model.prototypes.grad, torch.zeros(3, 8))
+
+
+def test_which_parameters_have_no_weight_decay():
+    model = proto(mlp=False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = (
+        [names[id(p)] for p in group["params"]] for group in pretrain.parameter_groups(model, no_bias_decay=True)
+    )
+    assert decayed == ["encoder_q.conv1.weight", "encoder_q.fc.weight"]
+    assert set(free) == {"prototypes", *(f"encoder_q.{n}" for n in ("conv1.bias", "bn1.weight", "bn1.bias", "fc.bias"))}
+    (group,) = pretrain.parameter_groups(make(MoCoIn), no_bias_decay=False)
+    assert len(group["params"]) == len(list(Tiny(8).parameters())) + 2  # the head has one more layer
+    assert len(pretrain.parameter_groups(proto(), no_bias_decay=False)[1]["params"]) == 1

@@ -1,0 +1,140 @@
+"""scripts/reproduce.py runs a row of the table; scripts/bench.py measures the loop."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from helpers import PAGES, ROOT, copied_pages, start, until
+from moco import checkpoint
+from moco.errors import UsageError
+from moco.run import read_log
+
+
+def test_a_row_is_interrupted_and_goes_on(tmp_path):
+    """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
+    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
+    words = ["in-200", "-a", "resnet20", "--epochs", "200", "--per-class", "16", "--name", "tiny"]
+    words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        assert ("going on with epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
+        os.kill(run.pid, number)
+        out = run.communicate(timeout=60)[0]
+        assert run.returncode == status and "--resume auto continues" in out and "Traceback" not in out, out
+    assert checkpoint.load(tmp_path / "in-200-tiny-seed0/checkpoint_last.pth.tar")["options"]["epochs"] == 200
+
+
+def test_rows_and_recipes(run):
+    """The commands that reproduce the table, against its specification."""
+    done = run("scripts/reproduce.py", "--print")
+    lines = done.out.splitlines()
+    assert len(lines) == 28
+    moco = [line for line in lines if line.startswith("python main_moco")]
+    assert [re.search(r"main_(\w+)\.py .*--epochs (\d+)", line).groups() for line in moco] == [
+        ("moco", "200"),
+        ("moco_in", "200"),
+        ("moco", "1000"),
+        ("moco_in", "1000"),
+        ("moco_out", "1000"),
+        ("moco_suploss", "1000"),
+        ("moco_in", "100"),
+        ("moco_proto", "100"),
+        ("moco_out", "1000"),
+        ("moco_suploss", "1000"),
+    ]
+    assert sum("--dataset cifar100" in line for line in lines) == 8
+    for line in moco[:6] + moco[8:]:
+        assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
+    small = run("scripts/reproduce.py", "--small --print").out.splitlines()
+    assert [line.split()[1] for line in small if "lincls" not in line] == [
+        f"main_{name}.py" for name in ("ce", "supcon", "moco", "moco_in", "moco_out", "moco_suploss")
+    ]
+    for line in small:
+        assert "-a resnet20" in line and "-b 256" in line
+        same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
+        assert same in line
+    files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*.json")]
+    for path in files:  # what is on file is what is said to be
+        row = re.split("-cpu|-h100|-h200", path.name)[0]
+        result = json.loads(path.read_text())
+        length = f"--epochs {result['epochs']}" if row == "own" else ""  # of which there are shorter runs, too
+        lines = run("scripts/reproduce.py", "--small --print", row, length).out.splitlines()
+        for mine, line in zip(result["commands"], lines, strict=row != "ce"):  # which had one command then
+            wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]
+            assert mine.startswith(wanted + " "), path.name
+    for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
+        knn = {
+            path.stem.split("-")[1]: float(read_log(path)[-1]["knn"])
+            for path in (ROOT / "results/lr").glob(f"{key}-*.csv")
+        }
+        (line,) = [line for line in small if f"main_{script}.py" in line]
+        assert f"--lr {max(knn, key=knn.get)} " in line
+        assert all(f"{value:.1f}" in PAGES["results.md"] for value in knn.values())
+    refused = run("scripts/reproduce.py", "in-300 data/")
+    assert refused.status == 2 and "unknown row 'in-300'" in refused.err
+
+
+def test_a_row_scaled_down(run, tmp_path):
+    where = f"--runs {tmp_path}/runs --results {tmp_path}/results"
+    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 --knn-freq 2"
+    words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where, f"--pretrain '{small}'"]
+    words.append("--linear '--dataset digits --epochs 2 -b 32'")
+    obstacle = tmp_path / "runs/in-200-tiny-seed0/linear_last.pth.tar.tmp"
+    obstacle.mkdir(parents=True)
+    assert "main_lincls.py ended with status 1; the same" in run("scripts/reproduce.py", *words).err
+    (path,) = (tmp_path / "results").iterdir()
+    cut = json.loads(path.read_text())  # a run that ends here has a file, too
+    assert "top1" not in cut and cut["knn"] > 0 and len(cut["curve"]) == 2 and list(cut["options"]) == ["pretrain"]
+    pages = copied_pages(tmp_path)
+    assert run("scripts/report.py", "--results", tmp_path / "results", "--pages", pages).status == 0
+    assert f"| {cut['knn']:.1f} | kNN only |" in (pages / "docs/results.md").read_text()
+
+    obstacle.rmdir()
+    done = run("scripts/reproduce.py", *words)
+    assert done.status == 0, done.err
+    other = run("scripts/reproduce.py", *words[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
+    assert other.status == 2 and "begun with other options" in other.err
+    for more, says in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
+        wrong = run("scripts/reproduce.py", "in-200", where, f"nowhere --name wrong --pretrain '{more}'")
+        assert wrong.status in (1, 2) and says in wrong.err and "goes on" not in wrong.err
+        assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()
+    result = json.loads(path.read_text())
+    assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)
+    assert len(result["curve"]) == 2 and len(result["commands"]) == 2 and 0 <= result["top1"] <= 100
+    for program, name in (("pretrain", "checkpoint_last.pth.tar"), ("linear", "linear_last.pth.tar")):
+        saved = checkpoint.load(tmp_path / "runs/in-200-tiny-seed0" / name)["options"]
+        assert result["options"][program] == saved
+    assert result["options"]["pretrain"]["moco_k"] == 64 and result["options"]["linear"]["epochs"] == 2
+    scores = [float(row["top1"]) for row in read_log(tmp_path / "runs/in-200-tiny-seed0/linear.csv")]
+    assert (result["top1"], result["best_top1"]) == (scores[-1], max(scores))
+    needed = "commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
+    assert not set(needed.split()) - set(result)
+
+    assert result["cpu_seconds"] > cut["cpu_seconds"] > 0.5  # of both programs, over restarts
+
+
+def test_a_run_goes_on_with_the_commands_that_it_was_begun_with(tmp_path):
+    import reproduce
+
+    assert reproduce.begin(tmp_path, ["python a"])["commands"] == ["python a"]
+    begun = reproduce.begin(tmp_path, ["python a", "python b"])  # cross entropy, before it had a linear evaluation
+    assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
+    with pytest.raises(UsageError, match="begun with other options"):
+        reproduce.begin(tmp_path, ["python b"])
+
+
+def test_the_bench_measures_the_loop(run, tmp_path):
+    import bench
+    import report
+
+    speed, clock = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3")
+    assert speed > 0 and len(clock) == 3 + 1
+    out = tmp_path / "bench.json"
+    assert run("scripts/bench.py", "--quick -a resnet20 -b 8 --rounds 1 --out", out).status == 0
+    figures = json.loads(out.read_text())
+    assert all(figures[name] > 0 for name in report.FIGURES) and figures["folder_crops_per_core"] > 0
+    assert run("scripts/bench.py", "-a resnet20 -b 8 --profile", tmp_path / "trace.json").status == 0
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())

@@ -1,0 +1,118 @@
+"""A checkpoint is written whole or not at all, and read back only if its checksums agree."""
+
+import argparse
+import datetime
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import full
+from moco import checkpoint
+from moco.errors import RunError, UsageError
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth.tar"
+    checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(checkpoint.RunError, match="No space left on device"):
+        checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    writer = checkpoint.Writer()
+    writer.save(path, {"state_dict": {"a": torch.ones(3)}})
+    with pytest.raises(checkpoint.RunError, match="No space left on device"):
+        writer.finish()
+
+
+def test_a_full_disk_is_called_one(tmp_path):
+    """As torch tells it, there is an 'enforce fail at inline_container.cc'."""
+    os.symlink("/dev/full", tmp_path / "a.tmp")
+    with pytest.raises(checkpoint.RunError, match=r"could not be written: No space left on device$"):
+        checkpoint.save(tmp_path / "a", {"state_dict": {"a": torch.ones(3)}})
+
+
+def test_a_checkpoint_is_kept_before_it_is_the_last(tmp_path, monkeypatch):
+    """Whoever is killed in between makes both again."""
+    path, kept = tmp_path / "last", tmp_path / "kept"
+    checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
+
+    def replace(old, new):
+        if new == path:
+            raise OSError(5, "killed")
+        os.rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(checkpoint.RunError):
+        checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}}, "kept")
+    assert [checkpoint.load(p)["state_dict"]["a"].sum() for p in (path, kept)] == [0, 3]
+
+
+def test_a_checkpoint_is_saved_as_it_was(tmp_path):
+    """Training goes on while it is written."""
+    writer, gate = checkpoint.Writer(), threading.Event()
+    writer.thread.submit(gate.wait)
+    weights = torch.zeros(3)
+    writer.save(tmp_path / "a", {"state_dict": {"a": weights}}, "b")
+    weights += 1
+    gate.set()
+    writer.finish()
+    for name in "ab":
+        assert checkpoint.load(tmp_path / name)["state_dict"]["a"].tolist() == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "checkpoint.pth.tar"
+    checkpoint.save(path, {"epoch": 1, "arch": "resnet20", "state_dict": {"module.a": torch.arange(300.0)}})
+    return path
+
+
+def test_a_tensor_marked_as_a_folder(whole):
+    """A bit that no checksum covers, for which torch.load returns uninitialised memory."""
+    content = bytearray(whole.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))
+    content[entry + 38] |= 0x10  # its external attributes
+    folder = whole.with_name("folder.pth.tar")
+    folder.write_bytes(content)
+    with pytest.raises(RunError, match=r"folder\.pth\.tar' is damaged: archive/data/0"):
+        checkpoint.load(folder)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_checkpoints(whole, choose):
+    """Bytes changed, lost or added anywhere: the same tensors, or refused in one line."""
+    content = bytearray(whole.read_bytes())
+    at = choose.draw(st.integers(0, len(content) - 1))
+    how = choose.draw(st.sampled_from(["change", "cut", "insert", "drop"]))
+    noise = choose.draw(st.binary(min_size=1, max_size=8))
+    if how == "change":
+        content[at : at + len(noise)] = noise
+    elif how == "cut":
+        del content[at:]
+    elif how == "insert":
+        content[at:at] = noise
+    else:
+        del content[at : at + len(noise)]
+    damaged = whole.with_name("damaged.pth.tar")
+    damaged.write_bytes(content)
+    try:
+        loaded = checkpoint.load(damaged)
+    except (RunError, UsageError) as error:
+        assert "damaged.pth.tar" in str(error) and "\n" not in str(error)
+    else:
+        assert torch.equal(loaded["state_dict"]["module.a"], torch.arange(300.0))
+
+
+def test_a_namespace_is_data_and_other_classes_are_not_read(tmp_path):
+    saved = {"state_dict": {"module.a": torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}
+    torch.save(saved, tmp_path / "a.pth")
+    assert checkpoint.load(tmp_path / "a.pth")["args"].lr == 0.1
+    torch.save(saved | {"args": argparse.Namespace(day=datetime.date(2020, 1, 1))}, tmp_path / "a.pth")
+    with pytest.raises(checkpoint.RunError, match="more than tensors"):
+        checkpoint.load(tmp_path / "a.pth")

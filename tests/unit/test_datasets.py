@@ -1,0 +1,86 @@
+"""Which images a data set has, which of them have a label, and where they are kept."""
+
+import os
+
+import pytest
+import torch
+
+from helpers import add_unlabelled
+from moco import (
+    datasets,
+    distributed,
+)
+
+
+def test_which_cifar(tmp_path):
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / ".hidden").touch()
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / "cifar-100-python").mkdir()
+    assert datasets.candidates(tmp_path) == ["cifar100"]
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
+    (tmp_path / "train").mkdir()
+    assert datasets.candidates(tmp_path) == ["imagefolder"]
+
+
+def test_paths_are_one_array():
+    names = ["a", "", "ä/b", os.fsdecode(b"\xff.png")]
+    paths = datasets.PathArray(names)
+    assert len(paths) == 4 and list(paths) == names
+
+
+def test_the_first_of_each_class_keep_their_label():
+    whole = datasets.load("digits", None, True, per_class=16)
+    split = datasets.load("digits", None, True, per_class=16, labels_per_class=3)
+    assert torch.equal(split.images, whole.images) and len(split) == 160
+    seen = [0] * 10
+    for label, true in zip(split.labels.tolist(), whole.labels.tolist(), strict=True):
+        assert label == (true if seen[true] < 3 else -1)
+        seen[true] += 1
+    # what main_lincls.py --per-class 3 trains on
+    linear = datasets.load("digits", None, True, per_class=3)
+    assert torch.equal(split.labelled().images, linear.images) and torch.equal(split.labelled().labels, linear.labels)
+    assert torch.equal(datasets.load("digits", None, True, per_class=16, labels_per_class=99).labels, whole.labels)
+    assert set(datasets.load("digits", None, True, labels_per_class=0).labels.tolist()) == {-1}
+
+
+@pytest.mark.parametrize("size", [(12, 12), (13, 20)])  # of one size: in memory; of several: in their files
+def test_unlabelled_images_of_a_folder(folder, size):
+    data = add_unlabelled(folder(train=6, val=2), size=size)
+
+    def load(train=True, **options):
+        split = datasets.load("imagefolder", data, train, **options)
+        assert (split.images is not None) == (size == (12, 12) or not options.get("unlabelled"))
+        return split.labels.tolist(), {name for name in map(os.path.basename, split.paths) if name[0] == "u"}
+
+    theirs = {f"u{n}.png" for n in range(5)}
+    assert load(unlabelled=True) == ([0] * 6 + [1] * 6 + [-1] * 5, theirs)
+    assert load(unlabelled=True, per_class=2) == ([0, 0, 1, 1] + [-1] * 5, theirs)
+    assert load(unlabelled=True, holdout=4) == ([0, 0, 1, 1] + [-1] * 5, theirs)
+    assert load(unlabelled=True, holdout=2, labels_per_class=1) == ([0, -1, -1, -1, 1, -1, -1, -1] + [-1] * 5, theirs)
+    assert load() == ([0] * 6 + [1] * 6, set())
+    assert load(False) == ([0, 0, 1, 1], set())
+    assert load(False, holdout=1) == ([0, 1], set())
+
+
+def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeypatch):
+    place = folder(train=4)
+    size = 8 * 3 * 12 * 12
+    for free, kept in ((2 * size, True), (2 * size - 2, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        monkeypatch.setattr(distributed, "total", lambda value, device: float(value))
+        assert datasets.fits(size, torch.device("cuda")) == kept and datasets.fits(size, torch.device("cpu"))
+        monkeypatch.setattr(datasets, "fits", lambda size, device, kept=kept: kept)
+        split = datasets.load("imagefolder", place, True)
+        assert (split.images is not None) == kept and len(split.paths) == 8
+        monkeypatch.undo()
+
+
+def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):
+    data, opened = folder(train=8, val=5), []
+    monkeypatch.setattr(
+        datasets, "open_image", lambda *words, f=datasets.open_image, **more: opened.append(1) or f(*words, **more)
+    )
+    split = datasets.load("imagefolder", data, True, per_class=2)
+    assert split.images.shape == (4, 3, 12, 12) and len(opened) <= 5

@@ -1,0 +1,142 @@
+"""kNN, retrieval and accuracy against their formulas, and the memory that they take."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moco import augment, datasets, encoders, evaluate
+
+
+def test_the_vote_in_parts_is_the_vote(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    bank, query = (F.normalize(torch.randn(n, 16, generator=rng), dim=1) for n in (999, 50))
+    labels = torch.randint(7, (999,), generator=rng)
+    similarity, nearest = (query @ bank.T).topk(30)
+    votes = torch.zeros(50, 7).scatter_add_(1, labels[nearest], (similarity / 0.1).exp())
+    for part_bytes in (1, 4 * 66 * 20, 4 * 66 * 100, 1 << 30):
+        monkeypatch.setattr(evaluate, "PART_BYTES", part_bytes)
+        assert torch.equal(evaluate.vote(query, bank, labels, 7, 30, 0.1), votes.argmax(1))
+
+
+def test_a_large_bank_is_kept_in_half_precision(monkeypatch):
+    split = datasets.load("digits", None, True, per_class=20)
+    encoder = evaluate.frozen(encoders.build("resnet20")(num_classes=10))
+    centre = augment.Centre(8, (0.5,) * 3, (0.5,) * 3)
+    full, labels = evaluate.extract(encoder, split, centre)
+    half, _ = evaluate.extract(encoder, split, centre, full_bytes=4 * full.numel() - 1)
+    assert (full.dtype, half.dtype) == (torch.float32, torch.float16) and torch.equal(labels, split.labels)
+    assert torch.equal(full.half(), half)
+    validation = datasets.load("digits", None, False).of_each_class(slice(10))
+    network = encoders.build("resnet20")(num_classes=10)
+    ways = []
+    for bytes_ in (1 << 30, 0):
+        monkeypatch.setattr(evaluate, "FULL_BYTES", bytes_)
+        ways.append(evaluate.knn(network, split, validation, centre))
+    assert ways[1] == pytest.approx(ways[0], abs=2)
+
+
+def test_the_memory_of_knn():
+    """What ImageNet takes; and of a stand-in, what the process takes at its peak is what was reckoned."""
+    assert evaluate.knn_bytes(1_281_167, 50_000, 2048, 1000) <= 6e9
+    program = """
+import resource, torch
+from moco import evaluate
+images, queries, width = 60_000, 2_000, 512
+evaluate.FULL_BYTES, evaluate.PART_BYTES = 0, 8 << 20
+evaluate.frozen = lambda encoder: encoder
+def features(encoder, split, *more):
+    out = torch.empty(split, width, dtype=torch.float16)
+    for part in out.split(1000):
+        part.copy_(torch.randn(len(part), width))
+    return out, torch.zeros(split, dtype=torch.long)
+evaluate.extract = features
+class Images(int):
+    classes = range(10)
+    __len__ = int
+    labelled = lambda self: self
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.ones(9, 9) @ torch.ones(9, 9)
+before = peak()
+assert evaluate.knn(None, Images(images), Images(queries), None) == 100
+print(peak() - before, evaluate.knn_bytes(images, queries, width, 10))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    taken, reckoned = map(int, done.stdout.split())
+    assert taken < 1.5 * reckoned
+
+
+def test_the_bank_of_knn_is_the_labelled_images():
+    torch.manual_seed(0)
+    encoder = encoders.build("resnet20")(num_classes=8)
+    centre = augment.Centre(8, *datasets.STATISTICS["digits"])
+    validation = datasets.load("digits", None, False)
+    few = datasets.load("digits", None, True, per_class=4)
+    partly = datasets.load("digits", None, True, labels_per_class=4)
+    accuracy = evaluate.knn(encoder, few, validation, centre)
+    assert evaluate.knn(encoder, partly, validation, centre) == accuracy
+    assert evaluate.knn(encoder, datasets.load("digits", None, True), validation, centre) != accuracy
+
+
+def test_many_classes_have_no_confusion_matrix():
+    classes = 10_000
+    labels = torch.arange(classes)
+    scores = torch.eye(classes)[labels.roll(0)]
+    scores[0] = scores[1]
+    batches = [(scores[:600], labels[:600]), (scores[600:], labels[600:])]
+    top1, _, counts, confusion = evaluate.accuracy(lambda x: x, batches, classes)
+    assert confusion is None and counts.shape == (2, classes)
+    assert top1 == pytest.approx(100 * (classes - 1) / classes) and counts[:, :2].tolist() == [[0, 1], [1, 1]]
+    few = evaluate.accuracy(lambda x: x, [(torch.eye(3)[[0, 1, 1]], torch.arange(3))], 3)
+    assert few[2].tolist() == [[1, 1, 0], [1, 1, 1]] and few[3].tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def neighbours():
+    """An embedding with some order in it, of classes of different sizes; the last one has a single image."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate([3, 17, 40, 2, 9, 1])])
+    features = torch.randn(6, 8, generator=generator)[labels] + torch.randn(len(labels), 8, generator=generator)
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.nn.functional.normalize(features[order], dim=1), labels[order]
+
+
+def test_retrieval_is_its_formula(monkeypatch):
+    features, labels = neighbours()
+    found = evaluate.retrieval(features, labels)
+    monkeypatch.setattr(evaluate, "PART_BYTES", 32 * len(labels) * 5)
+    assert evaluate.retrieval(features, labels) == pytest.approx(found)  # in parts of five queries
+    scores = []
+    for i, (feature, label) in enumerate(zip(features.double(), labels, strict=True)):
+        others = [j for j in range(len(labels)) if j != i]
+        others.sort(key=lambda j: -float(features[j].double() @ feature))
+        hits = [bool(labels[j] == label) for j in others]
+        if R := sum(hits):
+            average = sum(sum(hits[: r + 1]) / (r + 1) for r in range(R) if hits[r]) / R
+            scores.append([hits[0], any(hits[:5]), average])
+    assert len(scores) == len(labels) - 1
+    assert found == pytest.approx((100 * np.mean(scores, 0)).tolist())
+    assert evaluate.retrieval(features[:2], torch.arange(2)) is None
+
+
+def test_retrieval_is_that_of_pytorch_metric_learning():
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+
+    features, labels = neighbours()
+    theirs = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        knn_func=CustomKNN(CosineSimilarity()),
+        device=torch.device("cpu"),
+    ).get_accuracy(features, labels)
+    first, _, map_at_r = evaluate.retrieval(features, labels)
+    assert 100 * theirs["precision_at_1"] == pytest.approx(first, abs=1e-4)
+    assert 100 * theirs["mean_average_precision_at_r"] == pytest.approx(map_at_r, abs=1e-4)

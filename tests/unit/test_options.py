@@ -1,0 +1,69 @@
+"""What the options of a run are after resolving."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moco import datasets, methods, options
+
+NAMES = (
+    "-a -j --epochs --start-epoch -b --lr --schedule --momentum --wd -p --resume --seed --gpu --world-size "
+    "--rank --dist-url --dist-backend --moco-dim --moco-k --moco-m --moco-t --mlp --aug-plus --cos --warm-up "
+    "--output-dir --save-freq --dataset --image-size --stem --mean --std --bn-splits --precision --knn-freq "
+    "--per-class"
+)
+VALUES = st.one_of(
+    st.integers(-3, 10**20).map(str),
+    st.floats().map(str),
+    st.text(max_size=8),
+    st.sampled_from(["", "-", "auto", "1e9"]),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(NAMES.split()), st.lists(VALUES, max_size=3)), max_size=4))
+def test_any_command_line(capsys, pairs):
+    """Parsed, or refused in one line with status 2."""
+    parser = options.pretrain_parser("Title.\n\nText.", methods.OUT.add_options)
+    capsys.readouterr()
+    try:
+        parser.parse_args([word for name, values in pairs for word in (name, *values)])
+    except SystemExit as exit:
+        assert exit.code == 2
+        err = capsys.readouterr().err
+        assert err.count("error: ") >= 1 and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("size, expected", [(64, datasets.CIFAR10), (65, datasets.IMAGENET), (224, datasets.IMAGENET)])
+def test_statistics_of_large_images(size, expected, photos):
+    words = ["--image-size", str(size), str(photos())]
+    args = options.pretrain_parser("", methods.OUT.add_options).parse_args(words)
+    resolved = options.resolve(args, torch.device("cpu"))
+    assert (tuple(resolved.mean), tuple(resolved.std)) == expected
+    linear = options.linear_parser("").parse_args(words[2:])
+    saved = {"options": options.plain(resolved), "arch": "resnet50"}
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    agreed = options.resolve_linear(linear, torch.device("cpu"), "a checkpoint", saved, weights)
+    assert (agreed.image_size, agreed.mean, agreed.std) == (size, resolved.mean, resolved.std)
+
+
+def test_resolve_leaves_small_images_alone():
+    args = Namespace(batch_size=4, dataset="digits", data=None, image_size=96, mean=None, std=None, precision=None)
+    assert options.resolve(args, torch.device("cpu")).mean == list(datasets.STATISTICS["digits"][0])
+
+
+def test_linear_evaluation_of_an_imagenet_checkpoint_that_says_nothing():
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+
+    def resolved(*words, **options_of_the_checkpoint):
+        args = options.linear_parser("").parse_args([*words, "-a", "resnet50", "--dataset", "imagefolder", "data/"])
+        saved = {"options": options_of_the_checkpoint}
+        return options.resolve_linear(args, torch.device("cpu"), "moco.pth.tar", saved, weights)
+
+    args = resolved()
+    assert (args.stem, args.image_size, (tuple(args.mean), tuple(args.std))) == ("imagenet", 224, datasets.IMAGENET)
+    args = resolved("--mean", "0.1", "0.2", "0.3", std=[1, 1, 1])
+    assert (args.mean, args.std) == ([0.1, 0.2, 0.3], [1, 1, 1])

@@ -1,0 +1,145 @@
+"""Which processes a launch starts, and on which devices."""
+
+import os
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+
+from helpers import ROOT, TINY
+from moco import distributed, launch
+from moco.errors import UsageError
+
+NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
+TORCHRUN = NODE | dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")
+OPTIONS = dict(multiprocessing_distributed=True, world_size=1, rank=0, dist_url="tcp://localhost:10013")
+URL = launch.DIST_URL.removeprefix("tcp://")
+
+
+@pytest.mark.parametrize(
+    "gpus, options, ranks, world_size, place",
+    [
+        (0, {}, None, 1, None),
+        (8, {}, None, 1, None),
+        (0, OPTIONS, None, 1, None),
+        (1, OPTIONS, None, 1, None),
+        (2, OPTIONS, range(2), 2, "localhost:10013"),
+        (2, dict(multiprocessing_distributed=True), range(2), 2, URL),
+        (8, OPTIONS | dict(world_size=2, rank=1), range(8, 16), 16, "localhost:10013"),
+        (1, OPTIONS | dict(world_size=2, rank=1), range(1, 2), 2, "localhost:10013"),
+        (8, dict(world_size=2, rank=0, dist_url="tcp://[::1]:99"), range(1), 2, "::1:99"),
+    ],
+)
+def test_processes_that_options_start(gpus, options, ranks, world_size, place):
+    processes = launch.plan({}, gpus, **options)
+    if ranks is None:
+        assert processes == [{}]
+        return
+    assert all(tuple(process) == launch.VARIABLES for process in processes)
+    numbers = [[int(process[name]) for name in launch.VARIABLES[:4]] for process in processes]
+    assert numbers == [[rank, world_size, local, len(ranks)] for local, rank in enumerate(ranks)]
+    assert {f"{process['MASTER_ADDR']}:{process['MASTER_PORT']}" for process in processes} == {place}
+
+
+@pytest.mark.parametrize(
+    "gpus, processes, local_rank, gpu, device",
+    [
+        (0, 2, 1, None, "cpu"),
+        (1, 4, 3, None, "cuda:0"),  # each process sees its own GPU, numbered 0
+        (4, 4, 3, None, "cuda:3"),
+        (4, 1, 0, 2, "cuda:2"),
+        (2, 4, 3, None, "4 processes need a GPU each: this machine shows 2"),
+        (2, 1, 0, 5, "--gpu 5: this machine shows 2"),
+        (0, 1, 0, 0, "--gpu 0: this machine shows 0"),
+    ],
+)
+def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "processes_on_node", processes)
+    monkeypatch.setattr(distributed, "local_rank", local_rank)
+    if "GPU" in device or "--gpu" in device:
+        with pytest.raises(UsageError, match=device):
+            launch.choose_device(gpu)
+    else:
+        assert str(launch.choose_device(gpu)) == device
+
+
+def test_options_that_the_environment_overrides_are_named(capsys):
+    options = OPTIONS | dict(gpu=0)
+    assert launch.inherited(TORCHRUN | dict(RANK="0", HOME="/"), **options) == TORCHRUN | dict(RANK="0")
+    names = "--multiprocessing-distributed, --gpu, --world-size, --rank, --dist-url"
+    assert capsys.readouterr().out.startswith(f"note: {names} ignored: ")
+    launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
+    launch.inherited(TORCHRUN | dict(RANK="0"), gpu=None, dist_url=launch.DIST_URL)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="LOCAL_RANK is 'first'"):
+        launch.inherited(TORCHRUN | dict(LOCAL_RANK="first"))
+
+
+STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
+
+
+@pytest.mark.parametrize(
+    "environment, options, says",
+    [
+        (
+            dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
+            {},
+            "not LOCAL_RANK, LOCAL_WORLD_SIZE: use torchrun",
+        ),
+        (STEP, {}, "8 tasks of this srun step would train alone; use scripts/slurm.sh"),
+        (STEP, OPTIONS, "8 tasks of this srun step would train alone"),
+        ({}, dict(dist_url="file:///tmp/meet"), "file:///tmp/meet': use tcp://HOST:PORT, or .* torchrun"),
+        ({}, dict(dist_url="tcp://localhost"), "tcp://HOST:PORT"),
+        ({}, dict(world_size=2, rank=2), "--rank 2 is not one of the 2 nodes"),
+        ({}, dict(world_size=2), "--rank -1 is not one of the 2 nodes"),
+        (dict(RANK="0", WORLD_SIZE="1"), {}, None),  # a PyTorchJob of one pod
+        (dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0"), {}, None),  # the shell of a batch script
+        (STEP | dict(SLURM_STEP_NUM_TASKS="1"), {}, None),  # srun --pty bash
+        (STEP, dict(world_size=8, rank=3), None),  # the options tell the tasks apart
+    ],
+)
+def test_environments_that_are_refused(environment, options, says):
+    if says is None:
+        assert len(launch.plan(environment, 0, **options)) == 1
+    else:
+        with pytest.raises(UsageError, match=says):
+            launch.plan(environment, 0, **options)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("main_*.py")))
+def test_processes_can_be_started_for_every_script(script, run, monkeypatch):
+    """A process of torch.multiprocessing gets the worker as a pickle."""
+    pickles = []
+    monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
+    words = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
+    assert run(script, TINY, words).status == 0 and pickles
+
+
+def test_the_out_of_memory_line_names_what_takes_the_memory():
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CPUAllocator: can't allocate memory")):
+        text = str(launch.explained(error))
+        assert "-b" in text and "--moco-k" in text and str(error) in text
+
+
+@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
+@pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
+def test_threads_wait_as_the_user_says(script, given):
+    """Before torch is imported, which reads it; only where nothing is said."""
+    program = f"""
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+runpy.run_path("{script}", run_name="__main__")
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= dict([given.split("=")]) if given else {}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == {"": "1000", "OMP_WAIT_POLICY=ACTIVE": "None"}.get(given, "7"), done.stderr

@@ -23,7 +23,7 @@ demo: .venv/installed
 	@echo "picture      demo/picture.png"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 import os
 import runpy
 import shlex
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -40,22 +41,23 @@ def run(monkeypatch, capfd):
     return call
 
 
+def make_folder(root, size=(12, 12), classes=("cat", "dog"), **splits):
+    """An image folder at root, with that many images of each class in each split."""
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        for i, label in enumerate(classes):
+            place = root / split / label
+            place.mkdir(parents=True)
+            for n in range(count):
+                pixels = rng.integers(0, 128, (size[1], size[0], 3)) + 127 * i
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{n}.png")
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path):
     """folder(train=6, val=2) makes an image folder of two classes with that many images of each."""
-
-    def make(name="data", size=(12, 12), classes=("cat", "dog"), **splits):
-        rng = np.random.default_rng(0)
-        for split, count in splits.items():
-            for i, label in enumerate(classes):
-                place = tmp_path / name / split / label
-                place.mkdir(parents=True)
-                for n in range(count):
-                    pixels = rng.integers(0, 128, (size[1], size[0], 3)) + 127 * i
-                    Image.fromarray(pixels.astype(np.uint8)).save(place / f"{n}.png")
-        return tmp_path / name
-
-    return make
+    return lambda name="data", **what: make_folder(tmp_path / name, **what)
 
 
 @pytest.fixture
@@ -76,11 +78,13 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def trained(run, folder, tmp_path):
-    """The data, a pretraining checkpoint and a classifier's."""
-    data = folder(train=8, val=5)
-    assert run("main_moco_in.py", TINY_FOLDER, "--moco-k 32 --mlp --output-dir", tmp_path, data).status == 0
-    last = tmp_path / "checkpoint_last.pth.tar"
-    done = run("main_lincls.py", "-b 8 --epochs 2 --pretrained", last, "--output-dir", tmp_path, data)
-    assert "worst classes: " in done.out.splitlines()[-2] and "cat" in done.out.splitlines()[-2]
-    return data, last, tmp_path / "model_best.pth.tar"
+def trained(run, tmp_path, tmp_path_factory):
+    """The data, a pretraining checkpoint and a classifier's: made once, and copied for each test."""
+    once = tmp_path_factory.getbasetemp() / "trained"
+    if not (once / "model_best.pth.tar").exists():
+        data, last = make_folder(once / "data", train=8, val=5), once / "checkpoint_last.pth.tar"
+        assert run("main_moco_in.py", TINY_FOLDER, "--moco-k 32 --mlp --output-dir", once, data).status == 0
+        done = run("main_lincls.py", "-b 8 --epochs 2 --pretrained", last, "--output-dir", once, data)
+        assert "worst classes: " in done.out.splitlines()[-2] and "cat" in done.out.splitlines()[-2]
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "data", tmp_path / "checkpoint_last.pth.tar", tmp_path / "model_best.pth.tar"

@@ -234,15 +234,12 @@ def test_the_sdist_has_what_the_tests_need(tmp_path):
 
 def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
     """What export.py writes is read back, too."""
-    _, last, best = trained
+    data, last, best = trained
     path, _ = foreign(tmp_path, "torchvision")
     digits = "--dataset digits --image-size 8 -b 16"
     assert run("scripts/export.py", path, tmp_path / "back.safetensors").status == 0
     for source in (path, tmp_path / "back.safetensors"):
-        assert (
-            run("scripts/extract.py", source, "--dataset digits -b 64 --out", tmp_path / f"{source.stem}.npz").status
-            == 0
-        )
+        assert run("scripts/extract.py", source, data, "--out", tmp_path / f"{source.stem}.npz").status == 0
         out = tmp_path / source.stem
         done = run("main_lincls.py", digits, "--per-class 4 --epochs 1 --pretrained", source, "--output-dir", out)
         assert done.status == 0 and "on resnet18 from" in done.out, done.err

@@ -46,7 +46,7 @@ def test_the_memory_of_knn():
     program = """
 import resource, torch
 from moco import evaluate
-images, queries, width = 60_000, 2_000, 512
+images, queries, width = 60_000, 500, 512
 evaluate.FULL_BYTES, evaluate.PART_BYTES = 0, 8 << 20
 evaluate.frozen = lambda encoder: encoder
 def features(encoder, split, *more):

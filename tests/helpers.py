@@ -34,6 +34,9 @@ SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"
 PHOTOS = "-a resnet20 --image-size 16 -b 8 --epochs 2 --warm-up 0 --seed 0 -p 1"
 PHOTOS_MOCO = f"{PHOTOS} --moco-k 16 --moco-dim 16 --aug-plus"
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
+# Starts a script on two processes, on a port that is free.
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+TWO_PROCESSES += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def images(count, height=32, width=32):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SHORT, TINY, TINY_MOCO, free_port, refused, start, until
+from helpers import ROOT, SHORT, TINY, TINY_MOCO, TWO_PROCESSES, free_port, refused, start, until
 from moco import launch
 
 
@@ -185,16 +185,7 @@ def test_the_sbatch_file_asks_for_what_the_launch_needs():
 
 
 def test_processes_that_cannot_share_a_batch(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += [
-        "--rdzv-endpoint=localhost:0",
-        str(ROOT / "main_moco.py"),
-        *TINY_MOCO.split(),
-        "--epochs",
-        "1",
-        "-b",
-        "31",
-    ]
+    command = [*TWO_PROCESSES, str(ROOT / "main_moco.py"), *TINY_MOCO.split(), "--epochs", "1", "-b", "31"]
     done = subprocess.run([*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "error: -b 31" in line]

@@ -2,12 +2,11 @@
 
 import os
 import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
-from helpers import PHOTOS, PHOTOS_MOCO, ROOT, losses
+from helpers import PHOTOS, PHOTOS_MOCO, ROOT, TWO_PROCESSES, losses
 from moco import batches, checkpoint, datasets
 from moco.run import read_log
 
@@ -33,8 +32,7 @@ def test_losses_depend_on_neither_processes_nor_workers(run, photos, tmp_path):
         out = tmp_path / f"workers{workers}"
         assert run("main_moco_in.py", PHOTOS_MOCO, f"--bn-splits 2 -j {workers} --output-dir", out, data).status == 0
     assert losses(tmp_path / "workers0") == losses(tmp_path / "workers1") == losses(tmp_path / "workers2")
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "main_moco_in.py"), *PHOTOS_MOCO.split()]
+    words = [*TWO_PROCESSES, str(ROOT / "main_moco_in.py"), *PHOTOS_MOCO.split()]
     words += ["-j", "2", "--knn-freq", "1", "--output-dir", str(tmp_path / "two"), str(data)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)

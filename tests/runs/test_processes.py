@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import README, ROOT, TINY, TINY_MOCO, rows
+from helpers import README, ROOT, TINY, TINY_MOCO, TWO_PROCESSES, rows
 from moco import checkpoint, methods
 from moco.run import read_log
 
@@ -22,8 +22,7 @@ def test_two_processes_and_two_chunks_are_the_same(run, tmp_path):
         [*TINY.split(), "--epochs", "2", "--lr", "0.02", "--labels-per-class", "4", "--output-dir"],
     )
     assert run(script, *words, tmp_path / "one", "--bn-splits 2").status == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(ROOT / script), *words, str(tmp_path / "two")]
+    command = [*TWO_PROCESSES, str(ROOT / script), *words, str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     one, two = rows(tmp_path / "one/log.csv"), rows(tmp_path / "two/log.csv")
@@ -52,12 +51,10 @@ def test_the_example_does_not_depend_on_the_number_of_processes(tmp_path):
     script = tmp_path / "main_variant.py"
     script.write_text(re.search(r"```python\n(# main_\w+\.py\n.*?)```", README, re.S)[1])
     words = [*TINY.split(), "--epochs", "1", "--moco-k", "40", "--moco-dim", "8", "--labels-per-class", "8"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launcher += ["--rdzv-endpoint=localhost:0"]
     losses = []
-    for launch, splits in (([], "2"), (launcher, "1")):
+    for launch, splits in (([sys.executable], "2"), (TWO_PROCESSES, "1")):
         out = tmp_path / splits
-        command = [sys.executable, *launch, str(script), *words, "--bn-splits", splits, "--output-dir", str(out)]
+        command = [*launch, str(script), *words, "--bn-splits", splits, "--output-dir", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         losses.append(float(read_log(out / "log.csv")[-1]["loss"]))
@@ -70,17 +67,10 @@ OBJECTIVES = [method.model.__name__ for method in methods.ALL.values()]
 def every_objective(tmp_path, *worlds):
     """The steps' losses and the last checkpoint of each objective in each world: (processes, words after OUT)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--master-port=0"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     runs = []
     for number, (processes, *words) in enumerate(worlds):
-        launch = [*launcher, f"--nproc-per-node={processes}"] if processes > 1 else []
-        command = [
-            sys.executable,
-            *launch,
-            str(ROOT / "tests/subprocesses/every_objective.py"),
-            str(tmp_path / str(number)),
-        ]
+        launch = TWO_PROCESSES if processes == 2 else [sys.executable]
+        command = [*launch, str(ROOT / "tests/subprocesses/every_objective.py"), str(tmp_path / str(number))]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         runs.append(subprocess.Popen([*command, *words], env=environment, **pipes))
     for process in runs:
@@ -125,9 +115,7 @@ def test_no_image_crosses_processes(method, features, width, files, folder, tmp_
     """A step's collectives: one gather of keys (features) with labels, and DDP's gradients, overlapped with the
     backward pass; every --print-freq steps one more, of the losses. Of images in files, the key crops, as uint8."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    words += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += [str(ROOT / "tests/subprocesses/count_traffic.py"), str(tmp_path), method]
+    words = [*TWO_PROCESSES, str(ROOT / "tests/subprocesses/count_traffic.py"), str(tmp_path), method]
     if files:
         data = folder(train=80)
         with Image.open(data / "train/cat/0.png") as image:
@@ -161,8 +149,7 @@ def test_resuming_on_another_number_of_processes(run, tmp_path):
     refused = run("main_moco_out.py", *words, "--bn-splits 2")
     assert refused.status == 2 and "--bn-splits" in refused.err
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command = [*launcher, "--rdzv-endpoint=localhost:0", str(ROOT / "main_moco_out.py"), *TINY_MOCO.split()]
+    command = [*TWO_PROCESSES, str(ROOT / "main_moco_out.py"), *TINY_MOCO.split()]
     command += ["--output-dir", str(tmp_path / "two"), "--epochs", "2", "--bn-splits", "2"]
     command += ["--resume", str(tmp_path / "checkpoint_last.pth.tar")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

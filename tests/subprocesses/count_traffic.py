@@ -1,7 +1,7 @@
 """Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_processes.
 
 A line each: what (gather, reduce, broadcast, crops: all-to-all, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
-and how many gradients are still to be computed.
+and how many gradients are still to be computed. By hand: PYTHONPATH=.:tests torchrun --nproc-per-node 4 ...
 """
 
 import sys

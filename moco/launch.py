@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import NoReturn
 
@@ -133,18 +133,29 @@ def run(index: int, worker: Callable, processes: list[dict], backend: str | None
     distributed.local_rank = int(process.get("LOCAL_RANK", 0))
     if len(processes) > 1:
         os.setpgrp()  # a terminal's Ctrl-C goes to the process that started this one, which passes it on, once
-    try:
+    with reporting(process):
         device = choose_device(gpu)
         if world_size > 1:
             join_group(device, backend or ("nccl" if device.type == "cuda" else "gloo"), world_size)
-        worker(device)
+        try:
+            worker(device)
+        except SystemExit:  # all processes have agreed to leave
+            leave_group()
+            raise
         leave_group()
+
+
+@contextlib.contextmanager
+def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
+    """An error in the block, or in a function that this decorates, is one line on stderr and its exit status.
+
+    The process does not leave its group then: with NCCL that would wait.
+    """
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit:  # all processes have agreed to leave
-        leave_group()
-        raise
-    except (UsageError, RunError) as error:  # it does not leave the group: with NCCL that would wait
+    except (UsageError, RunError) as error:
         report_and_exit(error, process)
     except RuntimeError as error:
         report_and_exit(explained(error), process)

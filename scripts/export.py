@@ -1,7 +1,7 @@
 """Writes a checkpoint's encoder in a format that other programs read, and runs it there.
 
     python scripts/export.py CHECKPOINT encoder.pth            # state dict with torchvision's names
-    python scripts/export.py CHECKPOINT encoder.safetensors    # likewise; timm reads it, too
+    python scripts/export.py CHECKPOINT encoder.safetensors    # the same names; timm reads it, too
     python scripts/export.py CHECKPOINT encoder.onnx           # input `images`, outputs `features` and, if any, `logits`
 
 The input is an image as `moco.load_encoder`'s `preprocess` makes it. `fc` is there if the checkpoint has a classifier.
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moco import inference, launch, options
-from moco.errors import RunError, UsageError, say
+from moco.errors import UsageError, say
 
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
@@ -36,6 +36,7 @@ class FeaturesAndLogits(nn.Module):
         return features if isinstance(self.classifier, nn.Identity) else (features, self.classifier(features))
 
 
+@launch.reporting()
 def main():
     first, _, rest = __doc__.partition("\n")
     parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,17 +44,14 @@ def main():
     parser.add_argument("out", type=Path, metavar="OUT", help=f"its suffix says the format: {', '.join(NEEDS)}")
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args()
-    try:
-        check(args.out, args.force)
-        network, centre, classes = inference.load(args.checkpoint)
-        images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
-        export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
-        with options.writing(args.out) as tmp:
-            worst = export(network, images, tmp)
-        what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
-        say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
-    except (UsageError, RunError) as error:
-        launch.report_and_exit(error)
+    check(args.out, args.force)
+    network, centre, classes = inference.load(args.checkpoint)
+    images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
+    export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
+    with options.writing(args.out) as tmp:
+        worst = export(network, images, tmp)
+    what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
+    say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
 
 
 def check(out: Path, force: bool) -> None:
@@ -66,9 +64,7 @@ def check(out: Path, force: bool) -> None:
 
 
 def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:
-    content = (
-        io.BytesIO()
-    )  # written as bytes below: torch, safetensors and ONNX have errors of their own for a full disk
+    content = io.BytesIO()  # written as bytes: torch, safetensors and ONNX have errors of their own for a full disk
     torch.save(network.state_dict(), content)
     path.write_bytes(content.getbuffer())
     return compared(network, images, torch.load(path, weights_only=True))

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from moco import datasets, evaluate, inference, launch, options
 from moco.batches import Centres
-from moco.errors import RunError, UsageError, one_line, say
+from moco.errors import UsageError, one_line, say
 from moco.losses import UNLABELLED
 from moco.run import all_but_os_errors
 
@@ -37,6 +36,7 @@ MOST_PROJECTED = 5000  # images in the projector
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
 
+@launch.reporting()
 def main():
     first, _, rest = __doc__.partition("\n")
     parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,40 +56,32 @@ def main():
     add("--projector", type=Path, metavar="DIR", help=text)
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
-    try:
-        options.check_output(args.out, args.force)
-        if args.picture:
-            Image.init()
-            options.check_output(
-                args.picture, args.force, {s for s, kind in Image.EXTENSION.items() if kind in Image.SAVE}
-            )
-        if args.projector:
-            options.check_output(args.projector, force=False)
-        if args.neighbours and not args.picture:
-            raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
-        split, paths = images(args)
-        launch.launch(partial(extract, args, split, paths))
-    except (UsageError, RunError) as error:
-        launch.report_and_exit(error)
+    options.check_output(args.out, args.force)
+    if args.picture:
+        Image.init()
+        suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.SAVE}
+        options.check_output(args.picture, args.force, suffixes)
+    if args.projector:
+        options.check_output(args.projector, force=False)
+    if args.neighbours and not args.picture:
+        raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
+    extract(args, *images(args), launch.choose_device())
 
 
 def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
-    there = args.data is not None and Path(args.data).is_dir()
-    if args.dataset == "folder" and not there:
-        raise UsageError(
-            "--dataset folder: name the folder, after the checkpoint"
-            if args.data is None
-            else f"'{args.data}' is not a folder"
-        )
-    if args.dataset == "folder" or (args.dataset == "auto" and there and not is_data_set(args.data)):
+    is_folder = args.data is not None and Path(args.data).is_dir()
+    if args.dataset == "folder" and not is_folder:
+        wrong = "--dataset folder: name the folder, after the checkpoint"
+        raise UsageError(wrong if args.data is None else f"'{args.data}' is not a folder")
+    if args.dataset == "folder" or (args.dataset == "auto" and is_folder and not is_data_set(args.data)):
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
         skipped = Counter()
         found = sorted(datasets.images_below(args.data, skipped))
         datasets.announce(skipped, args.data)
         if not found:
-            raise UsageError(f"'{args.data}' holds no image")
+            raise UsageError(f"'{args.data}' contains no images")
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
         name = datasets.resolve(args.dataset, args.data)
@@ -152,20 +144,15 @@ def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: li
     chosen = np.linspace(0, len(features) - 1, min(MOST_PROJECTED, len(features))).astype(int).tolist()
     labels = [int(split.labels[i]) for i in chosen]
     names = ["" if label == UNLABELLED else split.classes[label] for label in labels]
-    # One line of a table each, in UTF-8.
-    rows = [
-        [one_line(os.fsencode(text).decode(errors="replace")) for text in (n, paths[i])]
-        for n, i in zip(names, chosen, strict=True)
-    ]
+    rows = zip(names, (paths[i] for i in chosen), strict=True)
+    rows = [[one_line(os.fsencode(text).decode(errors="replace")) for text in row] for row in rows]  # UTF-8
     thumbnails = [ImageOps.fit(split.pillow(i), (THUMBNAIL // 2, THUMBNAIL // 2)) for i in chosen]
     images = torch.stack([datasets.pixels(image) for image in thumbnails]).float() / 255
     threading.excepthook = all_but_os_errors
     with options.writing(folder) as tmp:
         try:
             with SummaryWriter(tmp) as writer:
-                writer.add_embedding(
-                    torch.from_numpy(features[chosen]), rows, images, metadata_header=["class", "path"]
-                )
+                writer.add_embedding(features[chosen], rows, images, metadata_header=["class", "path"])
         except OSError:
             shutil.rmtree(tmp, ignore_errors=True)
             raise

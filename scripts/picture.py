@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 
 matplotlib.use("Agg")
@@ -20,19 +21,17 @@ from moco.errors import RunError, UsageError, say
 from moco.run import read_log
 
 
+@launch.reporting()
 def main():
     parser = options.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a pretraining run")
     parser.add_argument("data", nargs="?", metavar="DATA", help="data folder (default: the one it was trained on)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/picture.png")
     args = parser.parse_args()
-    try:
-        out = args.out or args.run / "picture.png"
-        options.check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
-        draw(args.run, args.data, out)
-        say(f"{out}")
-    except (UsageError, RunError) as error:
-        launch.report_and_exit(error)
+    out = args.out or args.run / "picture.png"
+    options.check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
+    draw(args.run, args.data, out)
+    say(f"{out}")
 
 
 def draw(run, folder, out):
@@ -43,7 +42,7 @@ def draw(run, folder, out):
     if confusion is not None:
         panels = [[*row, "confusion"] for row in panels]
     figure, axes = plt.subplot_mosaic(panels, figsize=(6 * len(panels[0]), 5.2), layout="constrained")
-    curve(axes["loss"], log, "loss", xlabel="epoch of pretraining")
+    curve(axes["loss"], log, "loss", xlabel="epoch of pretraining", ylabel="loss")
     if linear:
         curve(axes["linear"], linear, "top1", xlabel="epoch of the linear classifier", ylabel="top-1 in %")
     scatter(axes["map"], points, labels, classes)
@@ -63,14 +62,14 @@ def matrix(axes, confusion, classes):
     if len(classes) <= 20:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
-        for row, column in ((i, j) for i in range(len(classes)) for j in range(len(classes)) if rates[i, j] >= 0.5):
+        for row, column in np.argwhere(rates >= 0.5):
             colour = "white" if rates[row, column] > 50 else "black"
             axes.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def curve(axes, log, column, **labels):
     axes.plot([int(row["epoch"]) for row in log], [float(row[column]) for row in log])
-    axes.set(**{"ylabel": column, **labels})
+    axes.set(**labels)
 
 
 def embedding(run, folder=None, most=2000):
@@ -83,12 +82,11 @@ def embedding(run, folder=None, most=2000):
     saved = checkpoint.load(path)
     if not (args := saved["options"]):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
-    device = launch.choose_device()
-    holdout = args.get("holdout", 0)
-    folder = folder or args["data"]
+    device, folder = launch.choose_device(), folder or args["data"]
     if args["dataset"] != "digits" and not Path(folder).is_dir():
         raise UsageError(f"the data folder '{folder}' does not exist: name it, after {run}")
-    split = datasets.load(args["dataset"], folder, False, holdout=holdout, classes=args.get("classes"), device=device)
+    same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
+    split = datasets.load(args["dataset"], folder, False, **same)
     network, centre, _ = inference.load(path)
     features, labels = evaluate.extract(evaluate.frozen(network.to(device)), split, centre)
     if len(features) > most:

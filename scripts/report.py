@@ -16,35 +16,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import results
-from moco import launch, options
+from moco import launch, methods, options
 from moco.errors import RunError, UsageError
 from moco.run import read_log
 from picture import scatter
 from results import NAMES, ROOT, ROWS, recipe
 
-# Options that do not change what a run computes, that follow from others, or that have a column of their own.
-ASIDE = {"data", "output_dir", "pretrained", "resume", "evaluate", "seed", "start_epoch", "workers", "compile", "gpu"}
-ASIDE |= {
-    "print_freq",
-    "knn_freq",
-    "save_freq",
-    "images",
-    "classes",
-    "objective",
-    "bn_splits",
-    "centre_crop",
-    "lr_decay",
-}
-ASIDE |= {"multiprocessing_distributed", "world_size", "rank", "dist_url", "dist_backend"}
+PARSERS = [options.pretrain_parser("", method.add_options) for method in methods.ALL.values()]
+PARSERS.append(options.linear_parser(""))
+# Options that change what a run computes, and how they are written; but those that have a column of their own.
+FLAGS = {name: flag for parser in PARSERS for name, (flag, _, _) in parser.when_resumed.items()}
+FLAGS |= {"groups": "--bn-splits", "init": "--init"}
 VIEWS = ("aug_plus", "aug_mild", "aug_crop")
-ASIDE |= {"precision", "views", "arch", "dataset", "stem", "mean", "std", *VIEWS}
-FLAGS = {"batch_size": "-b", "weight_decay": "--wd", "groups": "--bn-splits"}
-SMALL = ("resnet20", "cifar10", 50_000)
+SHOWN = {"arch", "dataset", "precision", "seed", "stem", "mean", "std", *VIEWS}
 PASSES = "encoder passes per image"  # epochs times Row.passes
 FIRST = f"|network|data|epochs|{PASSES}|options|kNN|top-1 / top-5|published|core-hours|weights".split("|")
 ALL = f"|data|network|epochs|{PASSES}|options|kNN|top-1 / top-5|hardware|time".split("|")
-ANCHOR = "Cross entropy, [He et al.](https://arxiv.org/abs/1512.03385); [200 epochs, best one](https://github.com/"
-ANCHOR = {"": ANCHOR + "chenyaofo/pytorch-cifar-models)", "published": "91.25; 92.6"}
+ANCHOR = """Cross entropy, [He et al.](https://arxiv.org/abs/1512.03385); \
+[200 epochs, best one](https://github.com/chenyaofo/pytorch-cifar-models)"""
 
 FIGURES = {
     "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against all cores)",
@@ -55,51 +44,54 @@ FIGURES = {
 }
 
 
+@launch.reporting()
 def main():
     parser = options.Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")
     args = parser.parse_args()
+    if not args.results.is_dir():
+        raise UsageError(f"there is no folder '{args.results}'")
     try:
-        if not args.results.is_dir():
-            raise UsageError(f"there is no folder '{args.results}'")
-        files = [results.read(path) for path in sorted(args.results.glob("*.json"))]
-        runs, benches = ([f for f in files if results.is_bench(f) == bench] for bench in (False, True))
-        labelled = by_labels(args.results / "labels")
-        groups = grouped(runs)
-        full, large = [g for g in groups if is_full(g[0])], [g for g in groups if g[0]["dataset"] == "imagefolder"]
-        blocks = {
-            "rows": run_table(full + longest(groups), FIRST, [ANCHOR]),
-            "table": published_table(),
-            "runs": run_table(groups, ALL),
-            "large": run_table(large, ALL),
-            "labels": labels_table(labelled),
-            "searches": searches(args.results / "lr"),
-            "tries": searches(args.results / "own"),
-            "speed": speed(benches),
-        }
-        missing = set(blocks)
-        marker = re.compile(
-            rf"(<!-- ({'|'.join(blocks)}): made from results/ by scripts/report.py -->\n).*?(<!-- end of \2 -->)", re.S
-        )
-        for path in [args.pages / "README.md", *sorted((args.pages / "docs").glob("*.md"))]:
-            old = path.read_text()
-            new = marker.sub(lambda found: found[1] + blocks[found[2]] + found[3], old)
-            missing -= {name for _, name, _ in marker.findall(old)}
-            if args.check and new != old:
-                raise RunError(f"'{path}' does not agree with '{args.results}': run make report")
-            if new != old:
-                path.write_text(new)
-        if missing:
-            raise RunError(f"no page in '{args.pages}' has both markers of {', '.join(sorted(missing))}")
-        if not args.check:
-            draw(longest(groups), args.results)
-            draw_labels(labelled, args.results)
+        report(args.results, args.pages, args.check)
     except OSError as error:
-        launch.report_and_exit(RunError(f"'{error.filename}': {error.strerror}"))
-    except (UsageError, RunError) as error:
-        launch.report_and_exit(error)
+        raise RunError(f"'{error.filename}': {error.strerror}") from None
+
+
+def report(folder, pages, check):
+    files, labelled = files_in(folder), by_labels(folder / "labels")
+    groups = grouped(file for file in files if "row" in file)
+    small = longest(groups)
+    blocks = {
+        "rows": run_table([*filter(is_full, groups), *small], FIRST, [{"": ANCHOR, "published": "91.25; 92.6"}]),
+        "table": published_table(),
+        "runs": run_table(groups, ALL),
+        "large": run_table([group for group in groups if group[0]["dataset"] == "imagefolder"], ALL),
+        "labels": labels_table(labelled),
+        "searches": searches(folder / "lr"),
+        "tries": searches(folder / "own"),
+        "speed": speed([file for file in files if "row" not in file]),
+    }
+    marker = rf"(<!-- ({'|'.join(blocks)}): made from results/ by scripts/report.py -->\n).*?(<!-- end of \2 -->)"
+    found = set()
+    for path in [pages / "README.md", *sorted((pages / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = re.sub(marker, lambda match: match[1] + blocks[match[2]] + match[3], old, flags=re.S)
+        found |= {match[2] for match in re.finditer(marker, old, re.S)}
+        if check and new != old:
+            raise RunError(f"'{path}' does not agree with '{folder}': run make report")
+        if new != old:
+            path.write_text(new)
+    if missing := blocks.keys() - found:
+        raise RunError(f"no page in '{pages}' has both markers of {', '.join(sorted(missing))}")
+    if not check:
+        draw(small, folder)
+        draw_labels(labelled, folder)
+
+
+def files_in(folder):
+    return [results.read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def lines(titles, rows):
@@ -113,9 +105,10 @@ def described(runs, groups):
     """The cells of a table for runs that differ only in their seed, by title; `groups`: the table's runs."""
     run = runs[0]
     on_cpu = run["hardware"]["name"].startswith("cpu")
-    cpu = [r["cpu_seconds"] / 3600 for r in runs if on_cpu and r.get("cpu_seconds")]
-    files = [r["weights"]["file"] for r in runs if "weights" in r]
+    weights = next((r["weights"]["file"] for r in runs if "weights" in r), None)
     minutes = statistics.mean(r["pretrain_seconds"] + r["linear_seconds"] for r in runs) / 60
+    own = f"(own classifier: {scores_of(runs, 'classifier_')})" if "classifier_top1" in run else ""
+    linear = scores_of(runs) if "top1" in run else ""
     return {
         "": run["row"],
         "data": run["dataset"],
@@ -123,12 +116,12 @@ def described(runs, groups):
         "epochs": run["epochs"],
         PASSES: run["epochs"] * row_of(run).passes,
         "options": ", ".join([*how(run), *unlike(run, groups)]),
-        "kNN": spread([r["knn"] for r in runs if r.get("knn") is not None]),
-        "top-1 / top-5": accuracy(runs),
-        "published": published(run) if is_full(run) else "",
-        "core-hours": spread(cpu),
-        "weights": f"[{Path(files[0]).name}]({files[0]})" if files else "",
-        "hardware": "; ".join(sorted({f"{r['hardware']['device']}, {r['hardware']['cores']} cores" for r in runs})),
+        "kNN": spread(runs, "knn"),
+        "top-1 / top-5": f"{linear} {own}".strip() or "kNN only",
+        "published": published(run) if is_full(runs) else "",
+        "core-hours": spread(runs, "cpu_seconds", 3600) if on_cpu else "",
+        "weights": f"[{Path(weights).name}]({weights})" if weights else "",
+        "hardware": "; ".join(sorted({title(r) for r in runs})),
         "time": f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h",
     }
 
@@ -138,57 +131,59 @@ def run_table(groups, titles, more=()):
     return lines(titles, [[cells[title] for title in titles] for cells in found])
 
 
-def accuracy(runs):
-    """The cell of the last epoch's top-1 / top-5; cross entropy's own classifier in brackets."""
-    done, own = [r for r in runs if "top1" in r], [r for r in runs if "classifier_top1" in r]
-    shown = [" / ".join(spread([r[name] for r in done]) for name in ("top1", "top5"))] if done else []
-    if own:
-        scores = " / ".join(spread([r[f"classifier_{name}"] for r in own]) for name in ("top1", "top5"))
-        shown.append(f"(own classifier: {scores})")
-    return " ".join(shown) or "kNN only"
+def scores_of(runs, whose=""):
+    return " / ".join(spread(runs, f"{whose}{name}") for name in ("top1", "top5"))
+
+
+def spread(runs, name, unit=1):
+    """The mean of what is measured, and if there are several the standard deviation."""
+    values = [run[name] / unit for run in runs if run.get(name) is not None]
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
+
+
+def title(file):
+    return f"{file['hardware']['device']}, {file['hardware']['cores']} cores"
 
 
 def longest(groups):
     """The small network on all of CIFAR-10: of each kind of views the runs with more than half of the most epochs."""
-    small = [g for g in groups if (g[0]["arch"], g[0]["dataset"], g[0]["images"]) == SMALL]
+    small = [g for g in groups if (g[0]["arch"], g[0]["dataset"], g[0]["images"]) == ("resnet20", "cifar10", 50_000)]
     most = {views(g[0]): g[0]["epochs"] for g in small}  # they are sorted by epochs
     kept = [g for g in small if 2 * g[0]["epochs"] > most[views(g[0])]]
-    return sorted(kept, key=lambda g: (most[views(g[0])], order(g[0]["row"])))
+    return sorted(kept, key=lambda g: (most[views(g[0])], NAMES.index(g[0]["row"])))
 
 
 def published(run):
     """What is published of a run's script and data set: for as many epochs, or else for any."""
-    rows = [r for r in ROWS.values() if r.published and (r.script, r.dataset) == (row_of(run).script, run["dataset"])]
+    rows = [r for r in ROWS.values() if r.top1 and (r.script, r.dataset) == (row_of(run).script, run["dataset"])]
     same = [row for row in rows if row.epochs == run["epochs"]]
     return "; ".join(scores(row) + f" ({row.epochs} epochs)" * (not same) for row in same or rows)
 
 
 def scores(row):
-    return f"{row.top1} / {'-' if row.top5 is None else row.top5}"
+    return f"{row.top1} / {row.top5 or '-'}"
 
 
 def published_table():
     """A line per method and length, a column per data set."""
     table = []
-    for row in ROWS.values():
-        if row.published and row.dataset == "cifar10":
-            what = [f"`{row.script}`", row.epochs, row.batch]
-            larger = [r for r in ROWS.values() if (r.name, r.dataset, r.epochs) == (row.name, "cifar100", row.epochs)]
-            table.append([row.name, *what, scores(row), scores(larger[0]) if larger else ""])
-            if row.rerun:
-                table.append([f"{row.name}, the reference's rerun", *what, f"{row.rerun} / -", ""])
+    for row in (row for row in ROWS.values() if row.top1 and row.dataset == "cifar10"):
+        what = [f"`{row.script}`", row.epochs, f"{recipe(row)['pretrain']['batch_size']}"]
+        larger = [r for r in ROWS.values() if (r.name, r.dataset, r.epochs) == (row.name, "cifar100", row.epochs)]
+        table.append([row.name, *what, scores(row), "".join(map(scores, larger))])
+        if row.rerun:
+            table.append([f"{row.name}, the reference's rerun", *what, f"{row.rerun} / -", ""])
     return lines(["", "script", "epochs", "batch", "CIFAR-10, top-1 / top-5", "CIFAR-100, top-1 / top-5"], table)
 
 
 def searches(folder):
     """The kNN accuracy of what was tried for a row, a log each named ROW-OPTIONS.csv; the best one in bold."""
-    found = {}
-    for path in sorted(folder.glob("*.csv")):
-        row, _, what = path.stem.partition("-")
-        found.setdefault(row, {})[what.replace("_", " ")] = float(read_log(path)[-1]["knn"])
     table = []
     for key, name in {key.partition("-")[0]: row.name for key, row in ROWS.items()}.items():
-        tried = found.get(key, {})
+        logs = {path.stem.partition("-")[2].replace("_", " "): path for path in sorted(folder.glob(f"{key}-*.csv"))}
+        tried = {what: float(read_log(path)[-1]["knn"]) for what, path in logs.items()}
         best = max(tried, key=tried.get, default=None)
         shown = (f"**{what}: {knn:.1f}**" if what == best else f"{what}: {knn:.1f}" for what, knn in tried.items())
         table += [[name, ", ".join(shown)]] if tried else []
@@ -196,28 +191,26 @@ def searches(folder):
 
 
 def by_labels(folder):
-    """Of runs on some of the labels: method -> labels per class -> run."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        run = results.read(path)
+    """Of runs on some of the labels: method -> labels per class -> run, in order."""
+    found = {name: {} for name in NAMES}
+    for run in files_in(folder):
         given = run["options"]
         number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
-        found.setdefault(run["row"], {})[number] = run
-    return {row: dict(sorted(found[row].items())) for row in sorted(found, key=order)}
+        found[run["row"]][number] = run
+    return {row: dict(sorted(runs.items())) for row, runs in found.items() if runs}
 
 
 def labels_table(labelled):
     """Accuracy by the number of labels per class, a method a line."""
-    numbers, table = sorted({number for runs in labelled.values() for number in runs}), []
+    numbers, table = sorted(set().union(*labelled.values())), []
     for row, runs in labelled.items():
-        shown = []
-        for number in numbers:
-            run = runs.get(number)
+        shown = dict.fromkeys(numbers, "")
+        for number, run in runs.items():
             # A run without labels has all of them in kNN's bank: comparable only with the runs on all labels.
-            alike = run and (run["options"]["pretrain"].get("labels_per_class") or number == numbers[-1])
-            shown.append(f"{top1(run):.1f}" + f" ({run['knn']:.1f})" * bool(alike) if run else "")
+            alike = run["options"]["pretrain"].get("labels_per_class") or number == numbers[-1]
+            shown[number] = f"{top1(run):.1f}" + f" ({run['knn']:.1f})" * bool(alike)
         own = any("top1" not in run for run in runs.values())
-        table.append([row + " (own classifier)" * own, *shown])
+        table.append([row + " (own classifier)" * own, *shown.values()])
     return lines(["top-1 (kNN), labels per class:", *(f"{n:,}" for n in numbers)], table)
 
 
@@ -231,28 +224,29 @@ def grouped(runs):
 
 def alike(run):
     """What runs of one method have in common that differ only in their options or seeds."""
-    return run["dataset"], run["arch"], run["epochs"], *how(run), order(run["row"])
+    return run["dataset"], run["arch"], run["epochs"], *how(run), NAMES.index(run["row"])
 
 
 def settings(options):
     """(program, option) -> value, of the options that are given and that no column shows."""
-    found = {(program, name): value for program, given in options.items() for name, value in given.items()}
-    aside = {("pretrain", "epochs"), *((program, name) for program in options for name in ASIDE)}
-    return {key: value for key, value in found.items() if key not in aside and value not in (None, False)}
+    names = FLAGS.keys() - SHOWN
+    found = {(program, name): given[name] for program, given in options.items() for name in names & given.keys()}
+    found.pop(("pretrain", "epochs"), None)
+    return {key: value for key, value in found.items() if value not in (None, False)}
 
 
 def unlike(run, groups):
     """The options that set a run apart: from its row, or if it is a small one from those of its method and epochs."""
     alikes = [group[0]["options"] for group in groups if alike(group[0]) == alike(run)]
     mine, differing = settings(run["options"]), set()
-    for programs in [recipe(row_of(run))] if is_full(run) else alikes:
+    for programs in [recipe(row_of(run))] if is_full([run]) else alikes:
         other, common = settings(programs), programs.keys() & run["options"].keys()
         differing |= {key for key in {*mine, *other} if key[0] in common and mine.get(key) != other.get(key)}
     found = []
     for program, name in sorted(differing, key=lambda key: (key[0] == "linear", key)):
         value = mine.get((program, name))
         values = [] if value is True or value is None else value if isinstance(value, list) else [value]
-        words = " ".join(map(str, [FLAGS.get(name, f"--{name.replace('_', '-')}"), *values]))
+        words = " ".join(map(str, [FLAGS[name], *values]))
         found.append(f"{'linear: ' * (program == 'linear')}{'no ' * (value is None)}`{words}`")
     return found
 
@@ -263,19 +257,15 @@ def row_of(run):
     return min(rows, key=lambda row: (row.dataset != run["dataset"], row.epochs != run["epochs"]))
 
 
-def is_full(run):
-    """Does the published network on the whole of CIFAR, not a row scaled down?"""
+def is_full(runs):
+    """Do they train the published network on the whole of CIFAR, not a row scaled down?"""
+    run = runs[0]
     return run["arch"] == "resnet50" and run["dataset"].startswith("cifar") and run["images"] == 50_000
-
-
-def order(name):
-    return NAMES.index(name)
 
 
 def views(run):
     given = run["options"]["pretrain"]
-    chosen = [f"`--{name.replace('_', '-')}`" for name in VIEWS if given.get(name)]
-    return chosen[0] if chosen else "the script's views"
+    return next((f"`--{name.replace('_', '-')}`" for name in VIEWS if given.get(name)), "the script's views")
 
 
 def how(run):
@@ -288,13 +278,6 @@ def top1(run):
     return run.get("top1", run.get("classifier_top1"))
 
 
-def spread(values, digits=1):
-    if not values:
-        return ""
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)"
-
-
 def draw(groups, folder):
     """curves.png and embeddings.png: the methods side by side with the same views, a colour each."""
     chosen = {g[0]["row"]: g[0] for g in groups if g[0]["options"]["pretrain"].get("aug_plus")}.values()
@@ -304,7 +287,7 @@ def draw(groups, folder):
     for panel, (what, title) in zip(axes, {"loss": "loss", "knn": "kNN, top-1 in %"}.items(), strict=True):
         for run in chosen:
             points = [(e["epoch"] + 1, e[what]) for e in run["curve"] if e.get(what) is not None]
-            panel.plot(*zip(*points, strict=True), f"C{order(run['row'])}", label=run["row"])
+            panel.plot(*zip(*points, strict=True), f"C{NAMES.index(run['row'])}", label=run["row"])
         panel.set(xlabel="epoch", ylabel=title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "curves.png", dpi=90)
@@ -320,7 +303,7 @@ def draw(groups, folder):
         points = run["embedding"]
         xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
         scatter(panel, xy, labels, points["classes"], legend=False)
-        panel.set_title(f"{run['row']}: {top1(run):.1f} %", fontsize=10, color=f"C{order(run['row'])}")
+        panel.set_title(f"{run['row']}: {top1(run):.1f} %", fontsize=10, color=f"C{NAMES.index(run['row'])}")
     handles = axes.flat[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=min(10, len(handles[1])), frameon=False, markerscale=3)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
@@ -334,10 +317,10 @@ def draw_labels(labelled, folder):
         return
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for row, runs in labelled.items():
-        axes.plot(list(runs), [top1(run) for run in runs.values()], f"C{order(row)}o-", label=row)
-    numbers = sorted({number for runs in labelled.values() for number in runs})
+        axes.plot(list(runs), [top1(run) for run in runs.values()], f"C{NAMES.index(row)}o-", label=row)
+    numbers = sorted(set().union(*labelled.values()))
     axes.set(xscale="log", xlabel="labels per class", ylabel="top-1 in %")
-    axes.set_xticks(numbers, [f"{n:,}" for n in numbers], minor=False)
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
     axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "labels.png", dpi=90)
@@ -345,14 +328,12 @@ def draw_labels(labelled, folder):
 
 
 def speed(benches):
-    if not benches:
-        return "Not measured yet.\n"
     table = []
-    for key, title in FIGURES.items():
+    for key, what in FIGURES.items():
         digits = 0 if key == "images_per_second" else 2
-        table.append([title, *(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches)])
+        table.append([what, *(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches)])
     table += [["measured", *(b["measured"] for b in benches)], ["command", *(f"`{b['command']}`" for b in benches)]]
-    return lines(["", *(f"{b['hardware']['device']}, {b['hardware']['cores']} cores" for b in benches)], table)
+    return lines(["", *map(title, benches)], table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ runs/NAME-SEED/, their logs and checkpoints included.
 import argparse
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -42,27 +43,21 @@ SMALL_LR = {"main_ce.py": "0.1", "main_moco.py": "0.06"}  # and 0.6 for the othe
 SMALL_ROWS = ("ce", "supcon", "moco-200", "in-200", "out-1000", "suploss-1000")  # each method once
 
 
+@launch.reporting()
 def main():
     args = parse()
-    try:
-        if args.verify:
-            weights.verify(args.weights or ROOT / "pretrained", args.results, args.data)
-            return
-        for key in args.rows or ROWS:
-            scores = []
+    if args.verify:
+        weights.verify(args.weights or ROOT / "pretrained", args.results, args.data)
+        return
+    for key in args.rows or ROWS:
+        if args.print:
             for seed in args.seeds:
-                if args.print:
-                    for command in commands(key, args, seed, "RUN"):
-                        say(shlex.join(command))
-                else:
-                    scores.append(reproduce(key, args, seed))
+                say("\n".join(map(shlex.join, commands(key, args, seed, "RUN"))))
+        else:
+            scores = [reproduce(key, args, seed) for seed in args.seeds]
             if len(scores) > 1:
                 mean, spread = statistics.mean(scores), statistics.stdev(scores)
                 say(f"{key}: top-1 {mean:.2f} +- {spread:.2f} over seeds {args.seeds}")
-    except (UsageError, RunError) as error:
-        launch.report_and_exit(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def parse():
@@ -94,36 +89,28 @@ def parse():
             words = shlex.split(getattr(args, name))
         except ValueError as error:
             parser.error(f"--{name} {getattr(args, name)}: {error}")
-        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-        if name == "pretrain" and {"-a", "--arch", "--epochs", "--per-class"} & set(words):
-            parser.error("-a, --epochs and --per-class are options of this script: name them outside of --pretrain")
-        setattr(args, name, words)
-    args.data = "data/"
-    if (
-        args.rows
-        and args.rows[-1] not in ROWS
-        and (not args.print or len(args.rows) > 1 or Path(args.rows[-1]).is_dir())
-    ):
-        args.data = args.rows.pop()
-    unknown = [row for row in args.rows if row not in ROWS]
-    if args.small and not args.rows:
-        args.rows = list(SMALL_ROWS)
-    if unknown or (not args.rows and not args.print and not args.verify):
-        problem = f"unknown row '{unknown[0]}'" if unknown else "name a row"
-        parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
+        setattr(args, name, [part for word in words for part in (word.split("=", 1) if word[:1] == "-" else [word])])
+    if {"-a", "--arch", "--epochs", "--per-class"} & {*args.pretrain}:
+        parser.error("-a, --epochs and --per-class are options of this script: name them outside of --pretrain")
+    folder = args.rows and args.rows[-1] not in ROWS and (args.rows != args.rows[-1:] or not args.print)
+    args.data = args.rows.pop() if folder else "data/"
+    unknown = [f"unknown row '{row}'" for row in args.rows if row not in ROWS]
+    args.rows = args.rows or [*SMALL_ROWS] * args.small
+    if unknown or not (args.rows or args.print or args.verify):
+        parser.error(f"{[*unknown, 'name a row'][0]}: the rows are {', '.join(ROWS)}; the data folder comes last")
     return args
 
 
 def commands(key, args, seed, folder):
     """The command lines of a run, pretraining first; each a list of words."""
     row = ROWS[key]
-    small = args.small and row.published  # the row of our own is small itself
-    pretrain = [*row.options.split(), "--epochs", str(row.epochs)]
+    small = args.small and row.top1 is not None  # the rows of our own are small themselves
+    pretrain, linear = f"{row.options} --epochs {row.epochs}".split(), row.linear.split()
     if small:
         pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, "0.6")]
+        linear += SMALL_LINEAR.split()
     if args.epochs:
         pretrain += ["--epochs", str(args.epochs)]
-    linear = [*row.linear.split(), *(SMALL_LINEAR.split() if small else [])]
     arch = ["-a", args.arch] if args.arch else []
     part = ["--per-class", str(args.per_class)] if args.per_class else []
     pretrain = last_of_each([*pretrain, *arch, *args.pretrain]) + part
@@ -165,7 +152,10 @@ def reproduce(key, args, seed):
     if not (folder / LINEAR).exists():  # a run that is cut short from here on has a file, too
         results.write_json(path, collect(folder, row, begun, seed))
     train(folder, lines[1], begun)
-    result = collect(folder, row, begun, seed) | picture(folder, args.data)
+    points, labels, classes = embedding(folder, args.data, most=1000)
+    x, y = ([round(float(value), 1) for value in column] for column in points.T)
+    result = collect(folder, row, begun, seed)
+    result["embedding"] = {"x": x, "y": y, "label": labels.tolist(), "classes": classes}
     if args.weights and seed == args.seeds[0]:
         result["weights"] = weights.write(folder, result, args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar")
     results.write_json(path, result)
@@ -174,14 +164,14 @@ def reproduce(key, args, seed):
 
 
 def begin(folder, lines):
-    """How a run was begun, from its folder; RunError: with other options."""
+    """How a run was begun, from its folder; UsageError: with other options."""
     path = folder / "begun.json"
     if not path.is_file():
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
-    if lines[: len(begun.get("commands", ""))] != begun.get("commands"):  # it may have been begun with fewer programs
+    if lines != begun.get("commands"):
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
-    return begun | {"commands": lines}
+    return begun
 
 
 def train(folder, line, begun):
@@ -190,9 +180,8 @@ def train(folder, line, begun):
     _, script, *words = shlex.split(line)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     status = call([sys.executable, str(ROOT / script), *words, "--resume", "auto"])
-    if "cpu_seconds" in begun:  # of all its processes, user and system
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(after[:2]) - sum(before[:2]), 1)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of all its processes: user and system come first
+    begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(after[:2]) - sum(before[:2]), 1)
     results.write_json(folder / "begun.json", begun)
     if status > 128:
         print(f"{script} was stopped by a signal; the same command continues it", file=sys.stderr)
@@ -208,7 +197,7 @@ def collect(folder, row, begun, seed):
     """The content of a run's file, from its logs and its last checkpoints: without top1 before the linear evaluation."""
     files = {"pretrain": folder / checkpoint.LAST, "linear": folder / LINEAR}
     saved = {program: checkpoint.load(file)["options"] for program, file in files.items() if file.exists()}
-    curve, linear = ([numbers(row) for row in read_log(folder / name)] for name in ("log.csv", "linear.csv"))
+    curve, linear = numbers(folder / "log.csv"), numbers(folder / "linear.csv")
     own, last = curve[-1], linear[-1] if linear else {}  # cross entropy has a classifier of its own
     best = max(linear, key=lambda row: row["top1"], default={})
     result = {
@@ -229,91 +218,67 @@ def collect(folder, row, begun, seed):
         "curve": curve,
         "measured": time.strftime("%Y-%m-%d"),
     }
-    now = conditions()
-    if any(now[name] != begun.get(name) for name in now):
-        result["ended_with"] = now  # another commit, machine or version than it began with
+    if not conditions().items() <= begun.items():
+        result["ended_with"] = conditions()  # another commit, machine or version than it began with
     return {name: value for name, value in result.items() if value is not None}
 
 
-def picture(folder, data):
-    """t-SNE of 1,000 validation images."""
-    points, labels, classes = embedding(folder, data, most=1000)
-    x, y = ([round(float(value), 1) for value in column] for column in points.T)
-    return {"embedding": {"x": x, "y": y, "label": labels.tolist(), "classes": classes}}
-
-
-def numbers(row):
-    """A row of a log with numbers for text, without what was not measured."""
-    return {name: int(value) if name == "epoch" else float(value) for name, value in row.items() if value != ""}
-
-
-def conditions():
-    return {"commit": commit(), "hardware": describe_hardware(), "versions": versions()}
+def numbers(path):
+    """The rows of a log with numbers for text, without what was not measured."""
+    rows = [{name: float(value) for name, value in row.items() if value != ""} for row in read_log(path)]
+    return [row | {"epoch": int(row["epoch"])} for row in rows]
 
 
 def call(command):
     """Runs a command to its end and returns its exit status; signals that ask this process to stop are passed on."""
-    child, asked, before = None, 0, {}
+    asked, child = [], None
 
-    def ask(number, frame):
-        nonlocal asked
-        asked = number
+    def pass_on(number, frame):
+        asked.append(number)
         if child:
             child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        before[number] = signal.signal(number, ask)
-    try:
-        child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
-        if asked:
-            child.send_signal(asked)
-        status = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if status > 0:
-        return status
-    signalled = asked or -status
-    return 128 + signalled if signalled else 0
+    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in stop}
+    child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
+    for number in asked:
+        child.send_signal(number)
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    asked.append(max(0, -status))
+    return status if status > 0 else 128 + asked[0] if asked[0] else 0
 
 
 def dataset(saved):
     """An image folder with CIFAR-10's classes is CIFAR-10, unless its images are enlarged."""
     cifar10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    is_cifar10 = saved["dataset"] == "imagefolder" and saved["classes"] == cifar10 and saved["image_size"] == 32
-    return "cifar10" if is_cifar10 else saved["dataset"]
+    return "cifar10" if saved["classes"] == cifar10 and saved["image_size"] == 32 else saved["dataset"]
 
 
-def describe_hardware():
-    if torch.cuda.is_available():
-        title, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
-        name = "-".join(title.lower().removeprefix("nvidia ").split()) + (f"-x{count}" if count > 1 else "")
-        return {"name": name, "device": f"{count} x {title}", "cores": os.cpu_count()}
-    cores = os.cpu_count()
-    return {"name": f"cpu{cores}", "device": cpu_model(), "cores": cores}
+def conditions():
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"commit": commit(), "hardware": hardware(), "versions": versions}
 
 
-def cpu_model():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+def hardware():
+    cores, count = os.cpu_count(), torch.cuda.device_count()
+    if count:
+        title = torch.cuda.get_device_name(0)
+        name = "-".join(title.lower().removeprefix("nvidia ").split()) + f"-x{count}" * (count > 1)
+        return {"name": name, "device": f"{count} x {title}", "cores": cores}
+    told = Path("/proc/cpuinfo")  # on Linux
+    model = re.search("^model name.*: (.*)", told.read_text(), re.M) if told.is_file() else None
+    return {"name": f"cpu{cores}", "device": model[1] if model else platform.machine(), "cores": cores}
 
 
 def commit():
     """The commit that runs, marked if the code differs from it."""
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return "unknown"
-    return git("rev-parse", "HEAD") + ("-changed" if git("status", "--porcelain", "*.py") else "")
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "*.py"])
+    head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True).stdout.strip() for c in commands)
+    return head + ("-changed" if changed else "")
 
 
 if __name__ == "__main__":

@@ -33,19 +33,15 @@ class Row:
     epochs: int
     linear: str
     top1: float | None
-    top5: float | None
-    batch: int = 256
+    top5: float | None = None
     dataset: str = "cifar10"
     rerun: float | None = None  # top-1 of the reference's own run of another paper's row
 
     @property
-    def published(self) -> bool:
-        return self.top1 is not None
-
-    @property
     def passes(self) -> int:
-        """Passes of an encoder per image and epoch. A backward pass counts two; the key encoder has none."""
-        return {"main_ce.py": 3, "main_supcon.py": 6}.get(self.script, 4)
+        """Passes of an encoder per image and epoch: three a view (a backward pass counts two), one for a key."""
+        method = methods.ALL[self.script]
+        return 3 * method.views - 2 * method.shuffle_keys
 
 
 CE, SUPCON = ("SupCrossEntropy", "main_ce.py"), ("SupContrast", "main_supcon.py")
@@ -54,20 +50,20 @@ SUPLOSS = ("MoCo v2 + SupContrast_Suploss", "main_moco_suploss.py")
 OF_100 = " --dataset cifar100"
 
 ROWS = {
-    "ce": Row(*CE, "-a resnet50", 500, SUPCON_LINEAR, 95.0, None, 1024),
-    "supcon": Row(*SUPCON, "-a resnet50", 1000, SUPCON_LINEAR, 96.0, None, 1024, rerun=95.6),
+    "ce": Row(*CE, "-a resnet50", 500, SUPCON_LINEAR, 95.0),
+    "supcon": Row(*SUPCON, "-a resnet50", 1000, SUPCON_LINEAR, 96.0, rerun=95.6),
     "moco-200": Row("MoCo v2", "main_moco.py", MOCO, 200, LINEAR, 87.4, 99.6),
     "in-200": Row(*IN, MOCO, 200, LINEAR, 95.4, 99.9),
     "moco-1000": Row("MoCo v2", "main_moco.py", MOCO, 1000, LINEAR, 93.6, 99.8),
     "in-1000": Row(*IN, MOCO, 1000, LINEAR, 96.1, 99.8),
     "out-1000": Row(*OUT, MOCO, 1000, LINEAR, 96.1, 99.9),
     "suploss-1000": Row(*SUPLOSS, MOCO, 1000, LINEAR, 96.0, 99.9),
-    "own": Row("MoCo v2 + SupContrast_In, own recipe", IN[1], OWN, 100, SMALL_LINEAR, None, None),
-    "proto": Row("MoCo v2 + In + prototypes", "main_moco_proto.py", PROTO, 100, SMALL_LINEAR, None, None),
-    "ce-cifar100": Row(*CE, "-a resnet50" + OF_100, 500, SUPCON_LINEAR + OF_100, 75.3, None, 1024, "cifar100"),
-    "supcon-cifar100": Row(*SUPCON, "-a resnet50" + OF_100, 1000, SUPCON_LINEAR + OF_100, 76.5, None, 1024, "cifar100"),
-    "out-cifar100": Row(*OUT, MOCO + OF_100, 1000, LINEAR + OF_100, 77.3, 93.0, 256, "cifar100"),
-    "suploss-cifar100": Row(*SUPLOSS, MOCO + OF_100, 1000, LINEAR + OF_100, 78.0, 93.2, 256, "cifar100"),
+    "own": Row("MoCo v2 + SupContrast_In, own recipe", IN[1], OWN, 100, SMALL_LINEAR, None),
+    "proto": Row("MoCo v2 + In + prototypes", "main_moco_proto.py", PROTO, 100, SMALL_LINEAR, None),
+    "ce-cifar100": Row(*CE, "-a resnet50" + OF_100, 500, SUPCON_LINEAR + OF_100, 75.3, None, "cifar100"),
+    "supcon-cifar100": Row(*SUPCON, "-a resnet50" + OF_100, 1000, SUPCON_LINEAR + OF_100, 76.5, None, "cifar100"),
+    "out-cifar100": Row(*OUT, MOCO + OF_100, 1000, LINEAR + OF_100, 77.3, 93.0, "cifar100"),
+    "suploss-cifar100": Row(*SUPLOSS, MOCO + OF_100, 1000, LINEAR + OF_100, 78.0, 93.2, "cifar100"),
 }
 NAMES = list(dict.fromkeys(row.name for row in ROWS.values()))
 
@@ -79,31 +75,26 @@ def recipe(row: Row) -> dict[str, dict]:
     parser = options.pretrain_parser("", method.add_options, method.defaults)
     with mock.patch("sys.argv", [row.script, *row.linear.split()]):
         linear = options.linear_parser("").parse_args(row.linear.split())
-    given = ["--dataset", row.dataset, "--seed", "0", "--epochs", str(row.epochs), "data/"]
-    args = parser.parse_args([*row.options.split(), *given])
-    found = options.plain(options.resolve_pretraining(args, torch.device("cpu"), "", {}))
-    return {"pretrain": found, "linear": options.plain(linear) | {"image_size": found["image_size"]}}
+    given = f"{row.options} --dataset {row.dataset} --seed 0 --epochs {row.epochs} data/"
+    found = options.resolve_pretraining(parser.parse_args(given.split()), torch.device("cpu"), "", {})
+    return {"pretrain": options.plain(found), "linear": options.plain(linear) | {"image_size": found.image_size}}
 
 
-NUMBER, SCORE = int | float, int | float | None
-# What a reader needs. top1 and top5 are missing until the linear evaluation is done.
+# What a reader needs of a run's file (top1 and top5 once its linear evaluation is done) and of a benchmark's.
 RUN = dict(row=str, commands=list, options=dict, arch=str, dataset=str, hardware=dict, curve=list)
-RUN |= dict(images=int, epochs=int, seed=int, pretrain_seconds=NUMBER, linear_seconds=NUMBER)
-RUN |= dict.fromkeys(["top1", "top5", "classifier_top1", "classifier_top5", "knn", "cpu_seconds"], SCORE)
-BENCH = dict(hardware=dict, measured=str, command=str, views_ratio=NUMBER)
-
-
-def is_bench(content):
-    return "views_ratio" in content
+RUN |= dict.fromkeys(["images", "epochs", "seed"], int)
+RUN |= dict.fromkeys(["pretrain_seconds", "linear_seconds"], int | float)
+RUN |= dict.fromkeys(["top1", "top5", "classifier_top1", "classifier_top5", "knn", "cpu_seconds"], int | float | None)
+BENCH = dict(hardware=dict, measured=str, command=str, views_ratio=int | float)
 
 
 def read(path):
     """The content of a run's or a benchmark's file; RunError: it was cut off, or an edit broke it."""
     content = read_json(path)
-    for name, kind in (BENCH if is_bench(content) else RUN).items():
-        value = content.get(name)
-        if not isinstance(value, kind) or (name == "row" and value not in NAMES):
-            raise RunError(f"'{path}': '{name}' is missing or wrong")
+    kinds = BENCH if "views_ratio" in content else RUN
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if wrong or content.get("row", NAMES[0]) not in NAMES:
+        raise RunError(f"'{path}': '{(wrong or ['row'])[0]}' is missing or wrong")
     return content
 
 

@@ -1,9 +1,7 @@
-"""The weights of measured rows: an encoder with its linear classifier a file, written by reproduce.py and checked by it."""
+"""The weights of measured rows, a file per encoder and linear classifier: reproduce.py writes and checks them."""
 
 import hashlib
 from pathlib import Path
-
-import torch
 
 import results
 from moco import checkpoint, datasets, evaluate, inference, launch
@@ -30,7 +28,6 @@ def write(run: Path, result: dict, path: Path) -> dict:
         "best": {"top1": result["top1"], "top5": result["top5"], "epoch": result["linear_epochs"] - 1},
         "options": kept | {"centre_crop": saved["options"]["centre_crop"]},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, content)
     return {"file": f"{path.parent.name}/{path.name}", "sha256": sha256(path)}
 
@@ -40,44 +37,36 @@ def sha256(path: Path) -> str:
 
 
 def verify(folder: Path, files: Path, data: str) -> None:
-    """Evaluates every file of `folder` in float32 on CIFAR-10 in `data`, against the file in `files` that names it.
+    """Evaluates every encoder and classifier in `folder`, in float32 on the validation images in `data`.
+
+    Their accuracies must be those of the file in `files` that names them.
 
     Raises:
         RunError: one is missing or changed, belongs to no result, or gives another accuracy.
     """
     rows = [(path, results.read(path)) for path in sorted(files.glob("*.json"))]
-    named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if row.get("weights")}
-    found = sorted(folder.glob("*.pth.tar"))
+    named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if "weights" in row}
+    found = {path.name for path in folder.glob("*.pth.tar")}
     if not found:
-        raise UsageError(f"'{folder}' holds no weights (*.pth.tar)")
-    for path in found:
-        if path.name not in named:
-            raise RunError(f"no file in '{files}' names '{path}'")
-    for name in named:
-        if not (folder / name).exists():
-            raise RunError(f"'{folder / name}' is missing: '{named[name][0]}' names it")
-    dataset = datasets.resolve("auto", data)
-    device = launch.choose_device()
-    images = datasets.load(dataset, data, False, device=device)
-    wrong = []
-    for path in found:
-        file, row = named[path.name]
+        raise UsageError(f"'{folder}' has no weights (*.pth.tar)")
+    for name in sorted(found ^ named.keys()):
+        missing = f"'{folder / name}' is missing: '{named[name][0]}' names it" if name in named else ""
+        raise RunError(missing or f"no file in '{files}' names '{folder / name}'")
+    device, wrong = launch.choose_device(), []
+    images = datasets.load(datasets.resolve("auto", data), data, False, device=device)
+    for name in sorted(found):
+        path, (file, row) = folder / name, named[name]
         if sha256(path) != row["weights"]["sha256"]:
             raise RunError(f"'{path}' is not the file that '{file}' names: its checksum differs")
-        scores = accuracy(path, images, device)
-        # Weights of cross entropy from before it had a linear classifier hold its own.
-        filed = [row.get(name, row.get(f"classifier_{name}")) for name in ("top1", "top5")]
+        network, centre, classes = inference.load(path)
+        checkpoint.compare_classes(classes, images.classes, path)
+        batches = Centres(images, centre, 250, device)
+        scores = evaluate.accuracy(evaluate.frozen(network, keep_fc=True).to(device), batches, len(images.classes))[:2]
+        # Weights of cross entropy from before it had a linear classifier contain its own.
+        filed = [row.get(score, row.get(f"classifier_{score}")) for score in ("top1", "top5")]
         same = all(abs(mine - theirs) <= TOLERANCE for mine, theirs in zip(scores, filed, strict=True))
-        wrong += [] if same else [path.name]
-        here, there = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, filed))
-        say(f"{path.name:<28} {here}  {'=' if same else 'differs from'} {there}  {file}")
+        wrong += [] if same else [name]
+        measured, wanted = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, filed))
+        say(f"{name:<28} {measured}  {'=' if same else 'differs from'} {wanted}  {file}")
     if wrong:
         raise RunError(f"other accuracies than on file: {', '.join(wrong)}")
-
-
-def accuracy(path: Path, images: datasets.Split, device: torch.device) -> tuple[float, float]:
-    """Top-1 and top-5 in percent of a file's encoder and classifier, in float32."""
-    network, centre, classes = inference.load(path)
-    checkpoint.compare_classes(classes, images.classes, path)
-    network = evaluate.frozen(network, keep_fc=True).to(device)
-    return evaluate.accuracy(network, Centres(images, centre, 250, device), len(images.classes))[:2]

@@ -12,9 +12,8 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +27,7 @@ from results import write_json
 
 IMAGES, CLASSES = 4096, 10
 # As in the README's commands, but for one epoch that is as long as the measurement.
-LOOP = "--lr 0.03 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --warm-up 0 --epochs 1 --seed 0"
+LOOP = "--dataset cifar10 --lr 0.03 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --warm-up 0 --epochs 1 --seed 0"
 
 
 def main():
@@ -55,7 +54,7 @@ def main():
     if args.profile:
         trace(case, args.profile, gpu)
         return
-    figures = {"device": "cuda" if gpu else "cpu", **conditions(), "measured": time.strftime("%Y-%m-%d")}
+    figures = {**conditions(), "measured": time.strftime("%Y-%m-%d")}
     figures["command"] = " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
     print(f"on {figures['hardware']['device']}, {figures['hardware']['cores']} cores, torch {torch.__version__}")
 
@@ -80,46 +79,31 @@ def synthetic(count):
     return datasets.Split(chosen % CLASSES, [str(c) for c in range(CLASSES)], images[chosen])
 
 
-@contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@one_thread()
 def bench_views(show, gpu, rounds):
     """Two views per image: torchvision on PIL images on one core, against batches on this device (one core of a CPU)."""
-    images, statistics_, rng = synthetic(256).images, datasets.CIFAR10, torch.Generator().manual_seed(0)
+    images, statistics, rng = synthetic(256).images, datasets.CIFAR10, torch.Generator().manual_seed(0)
     recipe, device = augment.AUG_PLUS, torch.device("cuda" if gpu else "cpu")
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    transform, views = recipe.transform(*statistics_), augment.Views(recipe, *statistics_, device, compile=gpu)
+    transform, views = recipe.transform(*statistics), augment.Views(recipe, *statistics, device, compile=gpu)
     on_device, times = images.to(device), 100 if gpu else 4
     parameters = [recipe.draw(256, 32, 32, rng).to(device) for _ in range(2)]
 
-    def by_pillow():
+    def theirs():
         for picture in pictures:
             transform(picture), transform(picture)
 
-    def in_batches():
-        for _ in range(times):
-            for drawn in parameters:
-                views(on_device, drawn, recipe.draw_order(rng))
+    def ours():
+        for drawn in parameters * times:
+            views(on_device, drawn, recipe.draw_order(rng))
 
-    in_batches()  # every operation is compiled
-    pairs = [(256 / seconds(by_pillow), 256 * times / seconds(in_batches, gpu)) for _ in range(rounds)]
     cores = distributed.cores() if gpu else 1
+    pairs = by_turns((theirs, 256), (ours, 256 * times), rounds)
     show("views_pil_per_core", median(p for p, _ in pairs), "two PIL views on one core, images/s")
-    show(
-        "views_batched",
-        median(b for _, b in pairs),
-        f"two batched views on {'this GPU' if gpu else 'one core'}, images/s",
-    )
+    where = "this GPU" if gpu else "one core"
+    show("views_batched", median(b for _, b in pairs), f"two batched views on {where}, images/s")
     show("views_ratio", median(b / p for p, b in pairs) / cores, f"  ratio to {cores} core(s) of PIL views")
 
 
-@one_thread()
 def bench_folder(show, rounds, count=24):
     """A JPEG of 500 x 375 on one core, decoded once: to two finished views of 224 by torchvision on PIL, or to the two uint8
     crops that a data-loading worker makes. The rest of their views is batched, on the training device, and not counted."""
@@ -135,47 +119,53 @@ def bench_folder(show, rounds, count=24):
         split = datasets.Split(torch.zeros(count, dtype=torch.long), ["all"], paths=paths)
         crops = batches.Crops(split, [recipe, recipe], seed=0)
 
-        def ours():
-            for i in range(count):
-                crops[0, i]
-
         def theirs():
             for path in paths:
                 image = datasets.open_image(path)
                 transform(image), transform(image)
 
-        ours()
-        pairs = [(count / seconds(theirs), count / seconds(ours)) for _ in range(rounds)]
-    show(
-        "folder_pil_per_core",
-        median(p for p, _ in pairs),
-        "a JPEG to two finished PIL views of 224 on one core, images/s",
-    )
+        def ours():
+            for i in range(count):
+                crops[0, i]
+
+        pairs = by_turns((theirs, count), (ours, count), rounds)
+    show("folder_pil_per_core", median(p for p, _ in pairs), "a JPEG to two PIL views of 224 on one core, images/s")
     show("folder_crops_per_core", median(c for _, c in pairs), "a JPEG to two uint8 crops of 224 on one core, images/s")
     show("folder_ratio", median(c / p for p, c in pairs), "  ratio (the rest of our views is not counted)")
 
 
-def seconds(work, gpu=False):
-    if gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def by_turns(theirs, ours, rounds):
+    """Images/s of two functions, each given with its number of images, with one thread: (theirs, ours) for each round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours[0]()  # every operation is compiled
+    pairs = [tuple(images / seconds(work) for work, images in (theirs, ours)) for _ in range(rounds)]
+    torch.set_num_threads(threads)
+    return pairs
+
+
+def seconds(work):
+    start = now()
     work()
-    if gpu:
+    return now() - start
+
+
+def now():
+    """The time in seconds at which the device has done what it was given."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def bench_loop(show, case, args, gpu):
     """The whole loop against the bare encoders: by turns, a few steps of one and a few of the other."""
-    turn = 20 if gpu else 1  # steps
-    turns = 5 * args.rounds if gpu else args.rounds + 1
+    turn, turns = (20, 5 * args.rounds) if gpu else (1, args.rounds + 1)  # steps, and how often
     step, bare_times = bare(args.arch, args.batch_size, gpu), []
 
     def between(i):
-        bare_times.append(seconds(lambda: [step() for _ in range(turn)], gpu))
+        bare_times.append(seconds(lambda: [step() for _ in range(turn)]))
 
-    _, clock = loop(*case, "--steps", str(turn * turns), at_step=between, every=turn)
-    loop_times = [after - before for before, after in pairwise(clock[::turn])]
+    loop_times = loop(case, turn, turns, between)
     # The fastest turn of each: what else runs on the machine only adds to a turn.
     speeds = [turn * args.batch_size / min(times) for times in (bare_times, loop_times)]
     show("bare_images_per_second", speeds[0], f"bare encoders, {args.arch}, batch {args.batch_size}, images/s")
@@ -185,45 +175,38 @@ def bench_loop(show, case, args, gpu):
 
 def bench_growth(show, case, gpu):
     """Milliseconds of a step, by batch and by queue."""
+    steps = 40 if gpu else 6
     for batch, queue in ((64, 4096), (512, 4096), (256, 4096), (256, 16384), (256, 65536)):
         torch._dynamo.reset()  # a second size would have it make programs for any size, which are slower
-        speed, _ = loop(*case, "-b", str(batch), "--moco-k", str(queue), "--steps", "40" if gpu else "6")
-        milliseconds = 1000 * batch / speed
-        show(f"step_ms_batch_{batch}_queue_{queue}", milliseconds, f"a step, batch {batch}, queue {queue:,}, ms")
+        (taken,) = loop([*case, "-b", str(batch), "--moco-k", str(queue)], steps, 1)
+        title = f"a step, batch {batch}, queue {queue:,}, ms"
+        show(f"step_ms_batch_{batch}_queue_{queue}", 1000 * taken / steps, title)
 
 
-def loop(*words, at_step=None, every=1):
-    """The training loop that main_moco_out.py runs, its model a little changed: it notes when each forward pass begins.
+def loop(words, turn, turns, between=lambda i: None):
+    """Runs the training loop of main_moco_out.py, its model a little changed: it notes when a forward pass begins.
 
-    `at_step(i)` runs before every `every`-th measured step; the clock stands still meanwhile.
+    `between(i)` runs before turn i, and after the last one.
 
     Returns:
-        images/s without its first steps; and in seconds when each measured step began, and when the last one ended.
+        the seconds of each turn, of `turn` steps; without the first steps, which compile and warm up.
     """
-    parser = options.pretrain_parser("", methods.OUT.add_options)
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args(["data/", "--dataset", "cifar10", *LOOP.split(), *words])
-    gpu = torch.cuda.is_available()
-    skipped = 10 if args.compile else 3 if gpu else 1
-    step, paused, clock = -skipped, 0.0, []
-
-    def tick():
-        nonlocal step, paused
-        if 0 <= step <= args.steps:
-            if at_step and step % every == 0:
-                paused += seconds(lambda: at_step(step), gpu)
-            elif step in (0, args.steps) and gpu:
-                torch.cuda.synchronize()
-            clock.append(time.perf_counter() - paused)
-        step += 1
+    args = options.pretrain_parser("", methods.OUT.add_options).parse_args([*LOOP.split(), *words, "data/"])
+    skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
+    step, begins, ends = -skipped, [], []
 
     class Timed(builder.MoCoOut):
         def forward(self, *inputs):
-            tick()
+            nonlocal step
+            if step in range(0, turn * turns + 1, turn):
+                ends.append(now())
+                between(step // turn)
+                begins.append(now())
+            step += 1
             return super().forward(*inputs)
 
     def work(device):
-        images = synthetic((args.steps + skipped + 1) * args.batch_size)  # one more step: its beginning ends the last
+        images = synthetic((turn * turns + skipped + 1) * args.batch_size)  # one more step: its beginning ends the last
         images.images = images.images.to(device)
         with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, "w") as null, redirect_stdout(null):
             resolved = options.resolve_pretraining(args, device, "MoCoOut", {})
@@ -231,7 +214,7 @@ def loop(*words, at_step=None, every=1):
             pretrain.fit(methods.with_queue(Timed), resolved, images, None, None, None, device)
 
     launch.launch(work, **options.launching(args))
-    return args.steps * args.batch_size / (clock[-1] - clock[0]), clock
+    return [end - begin for begin, end in zip(begins[:-1], ends[1:], strict=True)]
 
 
 def bare(arch, batch, gpu):
@@ -245,14 +228,15 @@ def bare(arch, batch, gpu):
         key.compile()
     optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
     views = [torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
-    own = torch.arange(batch, device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
             with torch.no_grad():  # first, as in the loop: their activations are freed before the queries'
                 keys = F.normalize(key(views[1]).float(), dim=1)
             queries = F.normalize(query(views[0]).float(), dim=1)
-            loss = F.cross_entropy(queries @ keys.T / 0.2, own)  # gradients of the loop's size
+            loss = F.cross_entropy(
+                queries @ keys.T / 0.2, torch.arange(batch, device=device)
+            )  # gradients of the loop's size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -266,10 +250,7 @@ def trace(case, path, gpu):
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
     profiler = torch.profiler.profile(activities=activities)
 
-    def switch(step):
-        profiler.start() if step == 0 else profiler.stop()
-
-    loop(*case, "--steps", "5", at_step=switch, every=5)
+    loop(case, 5, 1, lambda i: profiler.stop() if i else profiler.start())
     profiler.export_chrome_trace(str(path))
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))

@@ -9,10 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 from moco import checkpoint, datasets, evaluate, inference, launch, options
@@ -41,7 +39,8 @@ def draw(run, folder, out):
     panels = [["loss", "map"], ["linear", "map"]] if linear else [["loss", "map"]]
     if confusion is not None:
         panels = [[*row, "confusion"] for row in panels]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(6 * len(panels[0]), 5.2), layout="constrained")
+    figure = Figure(figsize=(6 * len(panels[0]), 5.2), layout="constrained")
+    axes = figure.subplot_mosaic(panels)
     curve(axes["loss"], log, "loss", xlabel="epoch of pretraining", ylabel="loss")
     if linear:
         curve(axes["linear"], linear, "top1", xlabel="epoch of the linear classifier", ylabel="top-1 in %")
@@ -51,7 +50,6 @@ def draw(run, folder, out):
         matrix(axes["confusion"], confusion, classes)
     with options.writing(out) as tmp:
         figure.savefig(tmp, dpi=110, format=out.suffix[1:].lower())
-    plt.close(figure)
 
 
 def matrix(axes, confusion, classes):
@@ -98,7 +96,7 @@ def embedding(run, folder=None, most=2000):
 
 
 def scatter(axes, points, labels, classes, legend=True):
-    colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
+    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "nipy_spectral"].resampled(len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=6, color=colours(label), label=name if len(classes) <= 20 else None)
     axes.set(xticks=[], yticks=[])

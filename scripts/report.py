@@ -7,13 +7,11 @@ python scripts/report.py --check    # exit with status 1 if a page does not agre
 
 import re
 import statistics
+from itertools import zip_longest
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 import results
 from moco import launch, methods, options
@@ -281,41 +279,41 @@ def top1(run):
 def draw(groups, folder):
     """curves.png and embeddings.png: the methods side by side with the same views, a colour each."""
     chosen = {g[0]["row"]: g[0] for g in groups if g[0]["options"]["pretrain"].get("aug_plus")}.values()
-    if len(chosen) < 2:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for panel, (what, title) in zip(axes, {"loss": "loss", "knn": "kNN, top-1 in %"}.items(), strict=True):
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for panel, (what, label) in zip(
+        figure.subplots(1, 2), {"loss": "loss", "knn": "kNN, top-1 in %"}.items(), strict=True
+    ):
         for run in chosen:
             points = [(e["epoch"] + 1, e[what]) for e in run["curve"] if e.get(what) is not None]
             panel.plot(*zip(*points, strict=True), f"C{NAMES.index(run['row'])}", label=run["row"])
-        panel.set(xlabel="epoch", ylabel=title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        panel.set(xlabel="epoch", ylabel=label)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "curves.png", dpi=90)
-    plt.close(figure)
 
-    drawn = [run for run in chosen if run.get("embedding")]
-    if not drawn:
-        return
-    figure, axes = plt.subplots(-(-len(drawn) // 3), 3, figsize=(11, 3.9 * -(-len(drawn) // 3)), squeeze=False)
-    for panel in axes.flat[len(drawn) :]:
-        panel.axis("off")
-    for panel, run in zip(axes.flat, drawn, strict=False):
+    drawn = [run for run in chosen if "embedding" in run]
+    rows = max(1, -(-len(drawn) // 3))
+    figure = Figure(figsize=(11, 3.9 * rows))
+    for panel, run in zip_longest(figure.subplots(rows, 3).flat, drawn):
+        if run is None:
+            panel.axis("off")
+            continue
         points = run["embedding"]
-        xy, labels = np.array([points["x"], points["y"]]).T, np.array(points["label"])
-        scatter(panel, xy, labels, points["classes"], legend=False)
+        xy = np.array([points["x"], points["y"]]).T
+        scatter(panel, xy, np.array(points["label"]), points["classes"], legend=False)
         panel.set_title(f"{run['row']}: {top1(run):.1f} %", fontsize=10, color=f"C{NAMES.index(run['row'])}")
-    handles = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="lower center", ncols=min(10, len(handles[1])), frameon=False, markerscale=3)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=10, frameon=False, markerscale=3)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(folder / "embeddings.png", dpi=90)
-    plt.close(figure)
 
 
 def draw_labels(labelled, folder):
     """labels.png: accuracy by the number of labels per class."""
     if not labelled:
         return
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     for row, runs in labelled.items():
         axes.plot(list(runs), [top1(run) for run in runs.values()], f"C{NAMES.index(row)}o-", label=row)
     numbers = sorted(set().union(*labelled.values()))
@@ -324,7 +322,6 @@ def draw_labels(labelled, folder):
     axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(folder / "labels.png", dpi=90)
-    plt.close(figure)
 
 
 def speed(benches):

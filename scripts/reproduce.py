@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -92,8 +93,11 @@ def parse():
         setattr(args, name, [part for word in words for part in (word.split("=", 1) if word[:1] == "-" else [word])])
     if {"-a", "--arch", "--epochs", "--per-class"} & {*args.pretrain}:
         parser.error("-a, --epochs and --per-class are options of this script: name them outside of --pretrain")
-    folder = args.rows and args.rows[-1] not in ROWS and (args.rows != args.rows[-1:] or not args.print)
-    args.data = args.rows.pop() if folder else "data/"
+    *rows, last = args.rows or [""]
+    named = (
+        last and last not in ROWS and (rows or not args.print or Path(last).is_dir())
+    )  # to print a row needs no folder
+    args.data = args.rows.pop() if named else "data/"
     unknown = [f"unknown row '{row}'" for row in args.rows if row not in ROWS]
     args.rows = args.rows or [*SMALL_ROWS] * args.small
     if unknown or not (args.rows or args.print or args.verify):
@@ -113,17 +117,16 @@ def commands(key, args, seed, folder):
         pretrain += ["--epochs", str(args.epochs)]
     arch = ["-a", args.arch] if args.arch else []
     part = ["--per-class", str(args.per_class)] if args.per_class else []
-    pretrain = last_of_each([*pretrain, *arch, *args.pretrain]) + part
-    linear = last_of_each([*linear, *arch, *args.linear]) + part
+    pretrain, linear = last_of_each(pretrain, arch, args.pretrain, part), last_of_each(linear, arch, args.linear, part)
     common = ["--seed", str(seed), "--output-dir", str(folder), args.data]
     source = ["--pretrained", f"{folder}/{checkpoint.LAST}"]
     return [["python", row.script, *pretrain, *common], ["python", "main_lincls.py", *linear, *source, *common]]
 
 
-def last_of_each(words):
+def last_of_each(*parts):
     """Options with their values; of one that is given twice, the last."""
     found = {}
-    for word in words:
+    for word in chain(*parts):
         if word.startswith("-"):
             found.pop(word, None)
             found[name := word] = []

@@ -56,6 +56,15 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(run, photos, tmp_path, monk
     assert "a data-loading worker died" in done.err
 
 
+def test_a_worker_that_dies_in_a_script(run, photos, tmp_path, monkeypatch):
+    data = photos()
+    assert run("main_moco.py", PHOTOS_MOCO, "-j 0 --output-dir", tmp_path, data).status == 0
+    monkeypatch.setattr(batches.CentreCrops, "__getitem__", lambda self, item: os.kill(os.getpid(), signal.SIGKILL))
+    last = tmp_path / "checkpoint_last.pth.tar"
+    for script, *words in (("picture.py", tmp_path), ("extract.py", last, data, "--out", tmp_path / "features.npz")):
+        refused(run(f"scripts/{script}", *words), 1, "a data-loading worker died")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_worker_that_dies_within_a_step(processes, photos, tmp_path):
     """PyTorch's handler of SIGCHLD raises an error wherever the main thread is, mostly in the network."""

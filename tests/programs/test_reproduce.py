@@ -119,9 +119,9 @@ def test_a_row_scaled_down(run, tmp_path):
 def test_a_run_goes_on_with_the_commands_that_it_was_begun_with(tmp_path):
     import reproduce
 
-    assert reproduce.begin(tmp_path, ["python a"])["commands"] == ["python a"]
-    begun = reproduce.begin(tmp_path, ["python a", "python b"])  # cross entropy, before it had a linear evaluation
-    assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
+    for _ in range(2):
+        begun = reproduce.begin(tmp_path, ["python a", "python b"])
+        assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
     with pytest.raises(UsageError, match="begun with other options"):
         reproduce.begin(tmp_path, ["python b"])
 
@@ -130,8 +130,9 @@ def test_the_bench_measures_the_loop(run, tmp_path):
     import bench
     import report
 
-    speed, clock = bench.loop("-a", "resnet20", "-b", "16", "--steps", "3")
-    assert speed > 0 and len(clock) == 3 + 1
+    seen = []
+    times = bench.loop(["-a", "resnet20", "-b", "16"], 2, 3, seen.append)
+    assert seen == [0, 1, 2, 3] and len(times) == 3 and min(times) > 0
     out = tmp_path / "bench.json"
     assert run("scripts/bench.py", "--quick -a resnet20 -b 8 --rounds 1 --out", out).status == 0
     figures = json.loads(out.read_text())

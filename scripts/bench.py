@@ -1,7 +1,7 @@
-"""Measures the speed of views and training loop, each against a baseline in the same run.
+"""Measures the speed of the views and of the training loop, each against a baseline in the same run.
 
     python scripts/bench.py --quick            # views, and the loop against bare encoders
-    python scripts/bench.py --out bench.json   # and how a step grows with the batch and the queue
+    python scripts/bench.py --out bench.json   # and the time of a step by batch and queue
 
 Images are random pixels: no data set is needed. The encoders are ResNet-50 at batch 256 in bfloat16 on a GPU, ResNet-18
 at batch 128 in float32 on a CPU.
@@ -38,11 +38,19 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="without the growth of a step: minutes on two cores")
-    add("-a", "--arch", default="resnet50" if gpu else "resnet18", help="network (default here: %(default)s)")
+    add("--quick", action="store_true", help="skip the time of a step by batch and queue: minutes on two cores")
+    add(
+        "-a", "--arch", default="resnet50" if gpu else "resnet18", help="network (default on this machine: %(default)s)"
+    )
     batch = dict(type=options.positive_int, default=256 if gpu else 128, metavar="N")
-    add("-b", "--batch-size", **batch, help="default here: %(default)s")
-    add("--rounds", type=options.positive_int, default=3, metavar="N", help="repetitions of each pair (default: 3)")
+    add("-b", "--batch-size", **batch, help="default on this machine: %(default)s")
+    add(
+        "--rounds",
+        type=options.positive_int,
+        default=3,
+        metavar="N",
+        help="repetitions of each comparison (default: 3)",
+    )
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     text = "write a PyTorch trace of five steps of the loop, and measure nothing"
     add("--profile", type=Path, metavar="FILE", help=text)
@@ -72,7 +80,7 @@ def main():
 
 
 def synthetic(count):
-    """Random images: so many, of which 4,096 differ."""
+    """`count` random images, of which 4,096 differ."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=rng)
     chosen = torch.arange(count) % IMAGES
@@ -184,12 +192,12 @@ def bench_growth(show, case, gpu):
 
 
 def loop(words, turn, turns, between=lambda i: None):
-    """Runs the training loop of main_moco_out.py, its model a little changed: it notes when a forward pass begins.
+    """Times the training loop of main_moco_out.py; its model records when a forward pass begins.
 
     `between(i)` runs before turn i, and after the last one.
 
     Returns:
-        the seconds of each turn, of `turn` steps; without the first steps, which compile and warm up.
+        the seconds of each turn of `turn` steps. The first steps, which compile and warm up, are not in them.
     """
     args = options.pretrain_parser("", methods.OUT.add_options).parse_args([*LOOP.split(), *words, "data/"])
     skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
@@ -218,7 +226,7 @@ def loop(words, turn, turns, between=lambda i: None):
 
 
 def bare(arch, batch, gpu):
-    """A step of what no implementation can do without: query forward and backward, key forward, SGD."""
+    """A function that takes one step of what any implementation needs: query forward and backward, key forward, SGD."""
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(device, memory_format=torch.channels_last).train()

@@ -4,7 +4,7 @@
     python scripts/export.py CHECKPOINT encoder.safetensors    # the same names; timm reads it, too
     python scripts/export.py CHECKPOINT encoder.onnx           # input `images`, outputs `features` and, if any, `logits`
 
-The input is an image as `moco.load_encoder`'s `preprocess` makes it. `fc` is there if the checkpoint has a classifier.
+The input is an image as `moco.load_encoder`'s `preprocess` makes it. The file has `fc` if the checkpoint has a classifier.
 .safetensors and .onnx need more packages: pip install -e ".[export]".
 """
 
@@ -41,7 +41,9 @@ def main():
     first, _, rest = __doc__.partition("\n")
     parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("out", type=Path, metavar="OUT", help=f"its suffix says the format: {', '.join(NEEDS)}")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help=f"file to write; its suffix is the format: {', '.join(NEEDS)}"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args()
     check(args.out, args.force)

@@ -7,7 +7,7 @@
 A folder with class folders in train/, val/ or test/ is a data set; --dataset folder takes all images in it and below.
 
 The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64, -1 where there is none; `paths` (N,),
-files relative to the folder, or the images' numbers. Of labelled images it also prints recall@1, recall@5 and MAP@R.
+relative to the folder, or the images' numbers. For labelled images it also prints recall@1, recall@5 and MAP@R.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def main():
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of this project or of MoCo, or a file of pretrained/")
     add("data", nargs="?", metavar="DATA", help="data folder as for training, or any folder of images")
-    add("--out", type=Path, required=True, metavar="FILE.npz", help="where the features go")
-    text = "as for training, or folder: all images in DATA and below it, without labels; digits needs no DATA"
+    add("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
+    text = "as for training, or folder: all images below DATA, without labels; digits needs no DATA"
     add("--dataset", choices=(*options.DATASETS, "folder"), default="auto", help=text)
     add("--split", choices=("train", "val"), help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
@@ -64,7 +64,7 @@ def main():
     if args.projector:
         options.check_output(args.projector, force=False)
     if args.neighbours and not args.picture:
-        raise UsageError("--neighbours draws on a sheet: name it with --picture FILE.png")
+        raise UsageError("--neighbours needs --picture FILE.png")
     extract(args, *images(args), launch.choose_device())
 
 
@@ -76,7 +76,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         raise UsageError(wrong if args.data is None else f"'{args.data}' is not a folder")
     if args.dataset == "folder" or (args.dataset == "auto" and is_folder and not is_data_set(args.data)):
         if args.split:
-            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; without it, all are taken")
+            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")
         skipped = Counter()
         found = sorted(datasets.images_below(args.data, skipped))
         datasets.announce(skipped, args.data)
@@ -127,14 +127,14 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
 
 
 def search(features: np.ndarray, labels: torch.Tensor, device: torch.device) -> None:
-    """Says how well the labelled images find others of their class, if there are any."""
+    """Prints how well the labelled images find others of their class, if there are any."""
     rows = (labels != UNLABELLED).nonzero().squeeze(1)
     if len(rows) > MOST_SEARCHED:
-        say(f"note: no recall@1 and MAP@R: they compare all pairs, and there are more than {MOST_SEARCHED:,} images")
+        say(f"note: no recall@1 and MAP@R for more than {MOST_SEARCHED:,} images: they compare all pairs")
         return
     normed = F.normalize(torch.from_numpy(features[rows.numpy()]).to(device), dim=1)
     if len(rows) and (found := evaluate.retrieval(normed, labels[rows].to(device))):
-        say("each labelled image among the others: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
+        say("retrieval among the labelled images: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
 
 
 def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: list[str]) -> None:

@@ -82,7 +82,7 @@ def embedding(run, folder=None, most=2000):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     device, folder = launch.choose_device(), folder or args["data"]
     if args["dataset"] != "digits" and not Path(folder).is_dir():
-        raise UsageError(f"the data folder '{folder}' does not exist: name it, after {run}")
+        raise UsageError(f"the data folder '{folder}' does not exist: name another one after {run}")
     same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
     split = datasets.load(args["dataset"], folder, False, **same)
     network, centre, _ = inference.load(path)

@@ -1,4 +1,4 @@
-"""Rewrites the tables of README.md and docs/ between their markers, from the files in results/ alone, and draws
+"""Rewrites the tables of README.md and docs/ between their markers, only from the files in results/, and draws
 curves.png, embeddings.png and labels.png there.
 
 python scripts/report.py            # rewrite
@@ -22,7 +22,7 @@ from results import NAMES, ROOT, ROWS, recipe
 
 PARSERS = [options.pretrain_parser("", method.add_options) for method in methods.ALL.values()]
 PARSERS.append(options.linear_parser(""))
-# Options that change what a run computes, and how they are written; but those that have a column of their own.
+# The flags of the options that change what a run computes; and those of them that have a column of their own.
 FLAGS = {name: flag for parser in PARSERS for name, (flag, _, _) in parser.when_resumed.items()}
 FLAGS |= {"groups": "--bn-splits", "init": "--init"}
 VIEWS = ("aug_plus", "aug_mild", "aug_crop")

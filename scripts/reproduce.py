@@ -1,13 +1,12 @@
-"""Reproduces rows of the README's table: pretraining, linear evaluation, and a file in results/ that says what came out.
+"""Reproduces rows of the README's table: pretraining, linear evaluation, and a file with the result in results/.
 
     python scripts/reproduce.py in-200 data/                 # one row, as published
     python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
-    python scripts/reproduce.py --small data/                # all methods, as a machine without a GPU can
+    python scripts/reproduce.py --small data/                # the six methods with a small network
     python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in a minute
     python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
-Run an interrupted command again and it continues. Runs are kept in
-runs/NAME-SEED/, their logs and checkpoints included.
+Run an interrupted command again and it continues. Logs and checkpoints are in runs/ROW-NAME-seedN/.
 """
 
 import argparse

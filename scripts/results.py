@@ -89,7 +89,7 @@ BENCH = dict(hardware=dict, measured=str, command=str, views_ratio=int | float)
 
 
 def read(path):
-    """The content of a run's or a benchmark's file; RunError: it was cut off, or an edit broke it."""
+    """The content of a run's or a benchmark's file; RunError: it is incomplete or wrong."""
     content = read_json(path)
     kinds = BENCH if "views_ratio" in content else RUN
     wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
@@ -106,7 +106,7 @@ def read_json(path):
 
 
 def write_json(path, content):
-    """A line for each of the dict's values, however long it is."""
+    """Writes a dict as JSON, one line per value."""
     tmp = Path(f"{path}.tmp")
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
     tmp.write_text("{\n " + ",\n ".join(lines) + "\n}\n")

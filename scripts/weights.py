@@ -69,4 +69,4 @@ def verify(folder: Path, files: Path, data: str) -> None:
         measured, wanted = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, filed))
         say(f"{name:<28} {measured}  {'=' if same else 'differs from'} {wanted}  {file}")
     if wrong:
-        raise RunError(f"other accuracies than on file: {', '.join(wrong)}")
+        raise RunError(f"accuracies differ from those on file: {', '.join(wrong)}")

@@ -42,8 +42,7 @@ def main():
     add(
         "-a", "--arch", default="resnet50" if gpu else "resnet18", help="network (default on this machine: %(default)s)"
     )
-    batch = dict(type=options.positive_int, default=256 if gpu else 128, metavar="N")
-    add("-b", "--batch-size", **batch, help="default on this machine: %(default)s")
+    add("-b", "--batch-size", type=options.positive_int, default=256 if gpu else 128, help="default: %(default)s")
     add(
         "--rounds",
         type=options.positive_int,
@@ -52,8 +51,7 @@ def main():
         help="repetitions of each comparison (default: 3)",
     )
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    text = "write a PyTorch trace of five steps of the loop, and measure nothing"
-    add("--profile", type=Path, metavar="FILE", help=text)
+    add("--profile", type=Path, metavar="FILE", help="only write a PyTorch trace of five steps of the loop")
     args = parser.parse_args()
     for name in ("out", "profile"):
         if (path := getattr(args, name)) and not path.parent.is_dir():
@@ -104,12 +102,15 @@ def bench_views(show, gpu, rounds):
         for drawn in parameters * times:
             views(on_device, drawn, recipe.draw_order(rng))
 
-    cores = distributed.cores() if gpu else 1
-    pairs = by_turns((theirs, 256), (ours, 256 * times), rounds)
-    show("views_pil_per_core", median(p for p, _ in pairs), "two PIL views on one core, images/s")
-    where = "this GPU" if gpu else "one core"
-    show("views_batched", median(b for _, b in pairs), f"two batched views on {where}, images/s")
-    show("views_ratio", median(b / p for p, b in pairs) / cores, f"  ratio to {cores} core(s) of PIL views")
+    cores, where = (distributed.cores(), "this GPU") if gpu else (1, "one core")
+    compare(
+        (theirs, 256, "views_pil_per_core", "two PIL views on one core, images/s"),
+        (ours, 256 * times, "views_batched", f"two batched views on {where}, images/s"),
+        ("views_ratio", f"  ratio to {cores} core(s) of PIL views"),
+        show,
+        rounds,
+        cores,
+    )
 
 
 def bench_folder(show, rounds, count=24):
@@ -136,20 +137,28 @@ def bench_folder(show, rounds, count=24):
             for i in range(count):
                 crops[0, i]
 
-        pairs = by_turns((theirs, count), (ours, count), rounds)
-    show("folder_pil_per_core", median(p for p, _ in pairs), "a JPEG to two PIL views of 224 on one core, images/s")
-    show("folder_crops_per_core", median(c for _, c in pairs), "a JPEG to two uint8 crops of 224 on one core, images/s")
-    show("folder_ratio", median(c / p for p, c in pairs), "  ratio (the rest of our views is not counted)")
+        compare(
+            (theirs, count, "folder_pil_per_core", "a JPEG to two PIL views of 224 on one core, images/s"),
+            (ours, count, "folder_crops_per_core", "a JPEG to two uint8 crops of 224 on one core, images/s"),
+            ("folder_ratio", "  ratio (the rest of our views is not counted)"),
+            show,
+            rounds,
+        )
 
 
-def by_turns(theirs, ours, rounds):
-    """Images/s of two functions, each given with its number of images, with one thread: (theirs, ours) for each round."""
+def compare(theirs, ours, ratio, show, rounds, cores=1):
+    """Shows images/s of two functions, timed by turns with one thread, and the median of their ratio.
+
+    theirs, ours: function, images, key, title. ratio: key, title; it is to `cores` times theirs.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ours[0]()  # every operation is compiled
-    pairs = [tuple(images / seconds(work) for work, images in (theirs, ours)) for _ in range(rounds)]
+    pairs = [[images / seconds(work) for work, images, *_ in (theirs, ours)] for _ in range(rounds)]
     torch.set_num_threads(threads)
-    return pairs
+    for (*_, key, title), speeds in zip((theirs, ours), zip(*pairs, strict=True), strict=True):
+        show(key, median(speeds), title)
+    show(ratio[0], median(b / a for a, b in pairs) / cores, ratio[1])
 
 
 def seconds(work):

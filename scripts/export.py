@@ -12,6 +12,7 @@ import argparse
 import copy
 import io
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,7 +47,9 @@ def main():
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args()
-    check(args.out, args.force)
+    if missing := [name for name in NEEDS.get(args.out.suffix.lower(), []) if not find_spec(name)]:
+        raise UsageError(f'{args.out.suffix} needs {missing[0]}: pip install -e ".[export]"')
+    options.check_output(args.out, args.force, NEEDS)
     network, centre, classes = inference.load(args.checkpoint)
     images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
     export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
@@ -54,15 +57,6 @@ def main():
         worst = export(network, images, tmp)
     what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
     say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
-
-
-def check(out: Path, force: bool) -> None:
-    for name in NEEDS.get(out.suffix.lower(), []):
-        try:
-            __import__(name)
-        except ImportError:
-            raise UsageError(f'{out.suffix} needs {name}: pip install -e ".[export]"') from None
-    options.check_output(out, force, NEEDS)
 
 
 def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:

@@ -48,12 +48,10 @@ def main():
     add("--dataset", choices=(*options.DATASETS, "folder"), default="auto", help=text)
     add("--split", choices=("train", "val"), help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
-    text = "data-loading workers, for images in files (default: %(default)s)"
-    add("-j", "--workers", type=options.count, default=8, metavar="N", help=text)
+    add("-j", "--workers", type=options.count, default=8, metavar="N", help="data-loading workers (default: 8)")
     add("--neighbours", type=options.positive_int, metavar="K", help="for --picture (default: 8)")
     add("--picture", type=Path, metavar="FILE.png", help="a sheet of images beside their nearest neighbours")
-    text = f"TensorBoard's embedding projector of at most {MOST_PROJECTED:,} images, in a new folder"
-    add("--projector", type=Path, metavar="DIR", help=text)
+    add("--projector", type=Path, metavar="DIR", help="new folder for TensorBoard's embedding projector")
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
     options.check_output(args.out, args.force)

@@ -78,10 +78,8 @@ def parse():
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
-    text = "write the run's encoder and classifier here, too (with --verify: where they are; default: pretrained)"
-    add("--weights", type=Path, metavar="DIR", help=text)
-    text = "evaluate every file of --weights against its row in --results; no training"
-    add("--verify", action="store_true", help=text)
+    add("--weights", type=Path, metavar="DIR", help="also write weights there (--verify: read; default: pretrained)")
+    add("--verify", action="store_true", help="evaluate each file of --weights against --results; no training")
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
     for name in ("pretrain", "linear"):

@@ -46,12 +46,14 @@ class Options(Namespace):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose options say what a resumed run may do with them.
 
+    text: a description; --help shows its first line above the options, and the rest, as it is, below them.
     when_resumed: for the options that matter, their flag, whether a resumed run must keep them (else a change is
     announced), and their default, which holds for a checkpoint that is older than the option.
     """
 
-    def __init__(self, *args, **how):
-        super().__init__(*args, **how)
+    def __init__(self, text: str):
+        first, _, rest = text.partition("\n")
+        super().__init__(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.when_resumed: dict[str, tuple[str, bool, object]] = {}
 
     def adder(self, title: str | None = None, exclusive: bool = False) -> Callable[..., None]:
@@ -185,8 +187,7 @@ def linear_recipe() -> dict[str, Any]:
 
 def base_parser(description: str, epochs: int, lr: float, weight_decay: float, schedule: list[int]) -> Parser:
     """Options of every training script."""
-    first, _, rest = description.partition("\n")
-    parser = Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     training_options(parser.adder(), epochs, lr, weight_decay, schedule)
     process_options(parser.adder("processes"))
     data_options(parser.adder("beyond the reference: data and speed"))

@@ -7,7 +7,6 @@ Images are random pixels: no data set is needed. The encoders are ResNet-50 at b
 at batch 128 in float32 on a CPU.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -32,24 +31,12 @@ LOOP = "--dataset cifar10 --lr 0.03 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus 
 
 def main():
     gpu = torch.cuda.is_available()
-    parser = options.Parser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="skip the time of a step by batch and queue: minutes on two cores")
-    add(
-        "-a", "--arch", default="resnet50" if gpu else "resnet18", help="network (default on this machine: %(default)s)"
-    )
+    add("-a", "--arch", default="resnet50" if gpu else "resnet18", help="default: %(default)s")
     add("-b", "--batch-size", type=options.positive_int, default=256 if gpu else 128, help="default: %(default)s")
-    add(
-        "--rounds",
-        type=options.positive_int,
-        default=3,
-        metavar="N",
-        help="repetitions of each comparison (default: 3)",
-    )
+    add("--rounds", type=options.positive_int, default=3, help="repetitions of each comparison (default: 3)")
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--profile", type=Path, metavar="FILE", help="only write a PyTorch trace of five steps of the loop")
     args = parser.parse_args()
@@ -103,14 +90,9 @@ def bench_views(show, gpu, rounds):
             views(on_device, drawn, recipe.draw_order(rng))
 
     cores, where = (distributed.cores(), "this GPU") if gpu else (1, "one core")
-    compare(
-        (theirs, 256, "views_pil_per_core", "two PIL views on one core, images/s"),
-        (ours, 256 * times, "views_batched", f"two batched views on {where}, images/s"),
-        ("views_ratio", f"  ratio to {cores} core(s) of PIL views"),
-        show,
-        rounds,
-        cores,
-    )
+    theirs = (theirs, 256, "views_pil_per_core", "two PIL views on one core, images/s")
+    ours = (ours, 256 * times, "views_batched", f"two batched views on {where}, images/s")
+    compare(theirs, ours, ("views_ratio", f"  ratio to {cores} core(s) of PIL views"), show, rounds, cores)
 
 
 def bench_folder(show, rounds, count=24):
@@ -137,13 +119,9 @@ def bench_folder(show, rounds, count=24):
             for i in range(count):
                 crops[0, i]
 
-        compare(
-            (theirs, count, "folder_pil_per_core", "a JPEG to two PIL views of 224 on one core, images/s"),
-            (ours, count, "folder_crops_per_core", "a JPEG to two uint8 crops of 224 on one core, images/s"),
-            ("folder_ratio", "  ratio (the rest of our views is not counted)"),
-            show,
-            rounds,
-        )
+        theirs = (theirs, count, "folder_pil_per_core", "a JPEG to two PIL views of 224 on one core, images/s")
+        ours = (ours, count, "folder_crops_per_core", "a JPEG to two uint8 crops of 224 on one core, images/s")
+        compare(theirs, ours, ("folder_ratio", "  ratio (the rest of our views is not counted)"), show, rounds)
 
 
 def compare(theirs, ours, ratio, show, rounds, cores=1):

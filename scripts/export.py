@@ -8,7 +8,6 @@ The input is an image as `moco.load_encoder`'s `preprocess` makes it. The file h
 .safetensors and .onnx need more packages: pip install -e ".[export]".
 """
 
-import argparse
 import copy
 import io
 import warnings
@@ -39,8 +38,7 @@ class FeaturesAndLogits(nn.Module):
 
 @launch.reporting()
 def main():
-    first, _, rest = __doc__.partition("\n")
-    parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "out", type=Path, metavar="OUT", help=f"file to write; its suffix is the format: {', '.join(NEEDS)}"

@@ -10,7 +10,6 @@ The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64,
 relative to the folder, or the images' numbers. For labelled images it also prints recall@1, recall@5 and MAP@R.
 """
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -38,8 +37,7 @@ THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
 @launch.reporting()
 def main():
-    first, _, rest = __doc__.partition("\n")
-    parser = options.Parser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of this project or of MoCo, or a file of pretrained/")
     add("data", nargs="?", metavar="DATA", help="data folder as for training, or any folder of images")
@@ -70,8 +68,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
     is_folder = args.data is not None and Path(args.data).is_dir()
     if args.dataset == "folder" and not is_folder:
-        wrong = "--dataset folder: name the folder, after the checkpoint"
-        raise UsageError(wrong if args.data is None else f"'{args.data}' is not a folder")
+        raise UsageError(f"--dataset folder needs a folder, after the checkpoint; '{args.data or ''}' is not a folder")
     if args.dataset == "folder" or (args.dataset == "auto" and is_folder and not is_data_set(args.data)):
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")

@@ -21,7 +21,7 @@ from moco.run import read_log
 
 @launch.reporting()
 def main():
-    parser = options.Parser(description=__doc__.partition("\n")[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a pretraining run")
     parser.add_argument("data", nargs="?", metavar="DATA", help="data folder (default: the one it was trained on)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/picture.png")

@@ -1,7 +1,6 @@
-"""Rewrites the tables of README.md and docs/ between their markers, only from the files in results/, and draws
-curves.png, embeddings.png and labels.png there.
+"""Rewrites the tables of README.md and docs/ between their markers, from the files in results/ only.
 
-python scripts/report.py            # rewrite
+python scripts/report.py            # rewrite, and draw curves.png, embeddings.png and labels.png in results/
 python scripts/report.py --check    # exit with status 1 if a page does not agree with results/
 """
 
@@ -44,7 +43,7 @@ FIGURES = {
 
 @launch.reporting()
 def main():
-    parser = options.Parser(description=__doc__.partition("\n")[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
     parser.add_argument("--pages", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")

@@ -9,7 +9,6 @@
 Run an interrupted command again and it continues. Logs and checkpoints are in runs/ROW-NAME-seedN/.
 """
 
-import argparse
 import os
 import platform
 import re
@@ -61,11 +60,7 @@ def main():
 
 
 def parse():
-    parser = options.Parser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n")[2] + "\nrows: " + ", ".join(ROWS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.Parser(f"{__doc__}\nrows: {', '.join(ROWS)}")
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="rows to run; the data folder comes last")
     add("--print", action="store_true", help="show the command lines (of all rows, unless some are named), run nothing")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def refused(done, status, *says):
         ("--gpu 77", "--gpu 77"),
         ("--resume nowhere.pth.tar", "'nowhere.pth.tar' does not exist"),
         ("--start-epoch 9", "--start-epoch 9"),
-        ("--resume ''", "names no checkpoint"),
+        ("--resume ''", "does not name a checkpoint"),
         (f"--moco-k {10**400}", "in 32 bits"),
     ],
 )
@@ -279,13 +280,13 @@ def test_checkpoints(run, tmp_path):
     both(1, "not finite", "conv1.weight")
     changed["state_dict"]["module.encoder_q.conv1.weight"] = torch.zeros(16, 4, 3, 3)
     torch.save(changed, bad)
-    both(1, "conv1.weight is (16, 4, 3, 3) there, (16, 3, 3, 3) here")
+    both(1, "conv1.weight is (16, 4, 3, 3) in the checkpoint, (16, 3, 3, 3) in this")
     del changed["state_dict"]["module.encoder_q.conv1.weight"], changed["state_dict"]["module.encoder_q.bn1.weight"]
     torch.save(changed, bad)
     refused(run("main_moco_out.py", *resume), 1, "encoder_q.conv1.weight is missing")
-    refused(run("main_lincls.py", *linear), 1, "holds no ResNet")
+    refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
     torch.save({**saved, "state_dict": {"module.conv1.weight": torch.zeros(())}}, bad)
-    refused(run("main_lincls.py", *linear), 1, "holds no ResNet")
+    refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
     torch.save({**saved, "arch": "resnet18"}, bad)
     both(2, "resnet18", "resnet20")
     torch.save({**saved, "optimizer": {}}, bad)
@@ -468,10 +469,10 @@ def test_odd_folders(run, folder, tmp_path):
     os.symlink(tmp_path, elsewhere / "back")
     os.symlink(root / "train/dog/of", root / "train/dog/alias")  # comes before what it leads to
     (root / "train/fox").symlink_to(elsewhere)
-    assert len(list(datasets.images_below(root / "train/cat"))) == 4
-    found = list(datasets.images_below(root / "train/dog"))
+    assert len(list(datasets.images_below(root / "train/cat", Counter()))) == 4
+    found = list(datasets.images_below(root / "train/dog", Counter()))
     assert len(found) == 4 + 2 and os.fsdecode(name) in found
-    assert [os.path.basename(path) for path in datasets.images_below(root / "train/fox")] == ["more.png"]
+    assert [os.path.basename(path) for path in datasets.images_below(root / "train/fox", Counter())] == ["more.png"]
     assert run("main_moco.py", SHORT, "--output-dir", tmp_path / "out", root).status == 0
     with open(name, "wb") as file:
         file.write(b"broken")

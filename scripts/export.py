@@ -19,6 +19,7 @@ from torch import nn
 
 from moco import inference, launch, options
 from moco.errors import RunError, UsageError, say
+from output import check_output, writing
 
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
@@ -48,7 +49,7 @@ def main():
         network, centre, classes = inference.load(args.checkpoint)
         images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
         export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
-        with options.writing(args.out) as tmp:
+        with writing(args.out) as tmp:
             worst = export(network, images, tmp)
         what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
         say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
@@ -62,7 +63,7 @@ def check(out: Path, force: bool) -> None:
             __import__(name)
         except ImportError:
             raise UsageError(f'{out.suffix} needs {name}: pip install -e ".[export]"') from None
-    options.check_output(out, force, NEEDS)
+    check_output(out, force, NEEDS)
 
 
 def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:

@@ -18,6 +18,7 @@ from moco import checkpoint, datasets, evaluate, inference, launch, options
 from moco.checkpoint import LINEAR
 from moco.errors import RunError, UsageError, say
 from moco.run import read_log
+from output import check_output, writing
 
 
 def main():
@@ -28,7 +29,7 @@ def main():
     args = parser.parse_args()
     try:
         out = args.out or args.run / "picture.png"
-        options.check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
+        check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
         draw(args.run, args.data, out)
         say(f"{out}")
     except (UsageError, RunError) as error:
@@ -50,7 +51,7 @@ def draw(run, folder, out):
     axes["map"].set_title("validation images: t-SNE of the frozen features")
     if confusion is not None:
         matrix(axes["confusion"], confusion, classes)
-    with options.writing(out) as tmp:
+    with writing(out) as tmp:
         figure.savefig(tmp, dpi=110, format=out.suffix[1:].lower())
     plt.close(figure)
 

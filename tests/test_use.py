@@ -20,6 +20,8 @@ from PIL import Image
 from torchvision import models
 from torchvision.transforms import functional as tv
 
+import extract
+import main_lincls
 import moco
 from conftest import ROOT, TINY, TINY_MOCO
 from moco import augment, batches, checkpoint, datasets, encoders, evaluate, inference
@@ -163,7 +165,7 @@ def test_export_to_torchvision_and_timm(run, tmp_path):
 
 def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     counts = torch.tensor([[8, 5, 0], [10, 10, 0]])
-    assert evaluate.worst_classes(counts, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
+    assert main_lincls.worst_classes(counts, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
     saved = checkpoint.load(tmp_path / "linear_last.pth.tar")
     assert saved["confusion"].sum(1).tolist() == [5, 5]
     done = run("scripts/picture.py", tmp_path)
@@ -510,7 +512,7 @@ def test_init_and_its_limits(run, tmp_path):
     assert done.status == 0 and "120 tensors taken" in done.out, done
     refused(run("main_ce.py", words, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "is missing")
     refused(run("main_ce.py", words, tmp_path / "o", "--init nowhere.pth"), 2, "'nowhere.pth' does not exist")
-    refused(run("main_ce.py", words, tmp_path / "o", "--resume", path), 2, "weights alone", "--init")
+    refused(run("main_ce.py", words, tmp_path / "o", "--resume", path), 2, "only weights", "--init")
     state = torch.load(path, weights_only=True)
     del state["layer1.0.bn1.weight"]
     torch.save(state, tmp_path / "part.pth")
@@ -565,9 +567,9 @@ def neighbours():
 
 def test_retrieval_is_its_formula(monkeypatch):
     features, labels = neighbours()
-    found = evaluate.retrieval(features, labels)
-    monkeypatch.setattr(evaluate, "PART_BYTES", 32 * len(labels) * 5)
-    assert evaluate.retrieval(features, labels) == pytest.approx(found)  # in parts of five queries
+    found = extract.retrieval(features, labels)
+    monkeypatch.setattr(extract, "PART_BYTES", 32 * len(labels) * 5)
+    assert extract.retrieval(features, labels) == pytest.approx(found)  # in parts of five queries
     scores = []
     for i, (feature, label) in enumerate(zip(features.double(), labels, strict=True)):
         others = [j for j in range(len(labels)) if j != i]
@@ -578,7 +580,7 @@ def test_retrieval_is_its_formula(monkeypatch):
             scores.append([hits[0], any(hits[:5]), average])
     assert len(scores) == len(labels) - 1
     assert found == pytest.approx((100 * np.mean(scores, 0)).tolist())
-    assert evaluate.retrieval(features[:2], torch.arange(2)) is None
+    assert extract.retrieval(features[:2], torch.arange(2)) is None
 
 
 def test_retrieval_is_that_of_pytorch_metric_learning():
@@ -594,7 +596,7 @@ def test_retrieval_is_that_of_pytorch_metric_learning():
         knn_func=CustomKNN(CosineSimilarity()),
         device=torch.device("cpu"),
     ).get_accuracy(features, labels)
-    first, _, map_at_r = evaluate.retrieval(features, labels)
+    first, _, map_at_r = extract.retrieval(features, labels)
     assert 100 * theirs["precision_at_1"] == pytest.approx(first, abs=1e-4)
     assert 100 * theirs["mean_average_precision_at_r"] == pytest.approx(map_at_r, abs=1e-4)
 
@@ -604,7 +606,7 @@ def test_extract_says_how_well_images_find_each_other(run, trained, tmp_path):
     done = run("scripts/extract.py", last, data, "--out", tmp_path / "f.npz")
     found = np.load(tmp_path / "f.npz")
     features = torch.nn.functional.normalize(torch.from_numpy(found["features"]), dim=1)
-    wanted = evaluate.retrieval(features, torch.from_numpy(found["labels"]))
+    wanted = extract.retrieval(features, torch.from_numpy(found["labels"]))
     assert "recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*wanted) in done.out
     assert "MAP@R" not in run("scripts/extract.py", last, data / "val", "--out", tmp_path / "f.npz --force").out
 

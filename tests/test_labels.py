@@ -78,7 +78,7 @@ def test_unlabelled_images_of_a_folder(folder, size):
 def test_every_method_trains_where_some_labels_are_missing(script, words, run, folder, tmp_path):
     done = run(script, words, "--epochs 1 --knn-freq 1 --labels-per-class 3 --output-dir", tmp_path / "digits")
     assert done.status == 0 and "160 images of 10 classes, 30 of them labelled, 5 steps" in done.out, done.err
-    assert ("note: cross entropy trains on the labelled images alone" in done.out) == (script == "main_ce.py")
+    assert ("note: cross entropy trains on the labelled images only" in done.out) == (script == "main_ce.py")
     assert 0 < float(log(tmp_path / "digits")[0]["knn"]) <= 100
 
     data = add_unlabelled(folder(train=6, val=2))
@@ -87,7 +87,7 @@ def test_every_method_trains_where_some_labels_are_missing(script, words, run, f
     assert done.status == 0 and "17 images of 2 classes, 12 of them labelled, 4 steps" in done.out, done.err
     words = ["-b 4 --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
     done = run("main_lincls.py", *words, "--seed 0 --output-dir", tmp_path, data)
-    assert done.status == 0 and "12 images, 3 steps an epoch" in done.out, done.err
+    assert done.status == 0 and "12 images, 3 steps per epoch" in done.out, done.err
 
 
 @pytest.mark.parametrize("script, words", [(script, TINY_MOCO) for script in LABEL_AWARE] + [("main_supcon.py", TINY)])
@@ -181,7 +181,7 @@ def test_bad_input(run, folder, tmp_path):
     refused(run("main_moco_in.py", *words, 3), 2, "--labels-per-class None, this run has 3")
 
 
-@pytest.mark.parametrize("how", ["file link", "hard link", "folder link", "the folder itself", "empty", "broken link"])
+@pytest.mark.parametrize("how", ["file link", "folder link", "the folder itself", "empty", "broken link"])
 def test_an_unlabelled_folder_that_is_refused(how, run, folder, tmp_path):
     data = folder(train=6, val=2)
     image, unlabelled = data / "train/dog/2.png", data / "unlabelled"
@@ -191,8 +191,6 @@ def test_an_unlabelled_folder_that_is_refused(how, run, folder, tmp_path):
         unlabelled.mkdir()
     if how == "file link":
         (unlabelled / "x.png").symlink_to(image)
-    if how == "hard link":
-        os.link(image, unlabelled / "x.png")
     if how == "folder link":
         (unlabelled / "x").symlink_to(data / "train/dog")
     if how == "broken link":

@@ -1,7 +1,7 @@
-"""The views: draw their parameters for many images, then apply them to a whole batch on the device that trains.
+"""Views: draw their parameters for many images, then apply them to a whole batch on the device that trains.
 
-Applied with the same parameters, every operation agrees with torchvision's on a PIL image to rounding; crops, flips
-and blurs are linear in rows and in columns, so that each is two batched matrix products.
+With the same parameters, every operation agrees with torchvision's on a PIL image up to rounding. Crops, flips and blurs
+are linear in rows and in columns: each is two batched matrix products.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
-SMALL = 64  # pixels: views up to this side are CIFAR's and its like, larger ones ImageNet's
+SMALL = 64  # pixels: smaller or equal views get the defaults for CIFAR, larger ones those for ImageNet
 ATTEMPTS = 10  # of RandomResizedCrop, to find a crop that fits into the image
 GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
 

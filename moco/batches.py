@@ -177,7 +177,7 @@ class Files:
     def start(self, epoch: int, first: int) -> Iterator[Tensor]:
         epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
         items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
-        return load(self.dataset, items, steps, share, self.workers, self.device)
+        return load_batches(self.dataset, items, steps, share, self.workers, self.device)
 
     def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
         """The items (epoch, row) that this process's workers load for each step."""
@@ -191,7 +191,7 @@ class Files:
             self.stream = None
 
 
-def load(
+def load_batches(
     dataset: "Decoded", items: Iterable[list], steps: int, share: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Yields the batch that `dataset` makes of each step's items, in data-loading workers.
@@ -306,7 +306,7 @@ class Centres:
         else:
             make, dataset = self.centre.normalise, CentreCrops(self.split, self.centre)
             items = [some.tolist() for some in rows]
-            loaded = load(dataset, items, len(items), self.batch, self.workers, self.device)
+            loaded = load_batches(dataset, items, len(items), self.batch, self.workers, self.device)
         with closing(loaded):
             for some, images in zip(rows, loaded, strict=True):
                 yield make(images.to(self.device, non_blocking=True)), self.labels[some]

@@ -249,7 +249,7 @@ def compare_options(saved: dict, args: Namespace, path: str) -> None:
     if not saved:  # another program's checkpoint
         return
     if saved.get("views") == "pil":
-        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which is gone: it cannot be resumed")
+        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which was removed: it cannot be resumed")
     derived = dict(objective=("objective", True, None), groups=("--bn-splits times processes =", True, None))
     for name, (flag, must_keep, default) in (derived | args.when_resumed).items():
         then, now = saved.get(name, default), vars(args).get(name)

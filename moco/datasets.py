@@ -1,6 +1,6 @@
-"""Where images come from: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
+"""The data sets: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
 
-Small images of one size live in memory, on the device that trains, as one uint8 tensor. Others stay in their files.
+Small images of one size are kept on the device that trains, as one uint8 tensor. Others stay in their files.
 """
 
 import os
@@ -219,7 +219,7 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     else:
         root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
         if root is None:
-            raise UsageError(f"'{folder}' has no validation images: neither val/ nor test/ is there")
+            raise UsageError(f"'{folder}' has no validation images: it has neither val/ nor test/")
     classes = found = class_folders(root)
     if not train and Path(folder, "train").is_dir():
         if missing := set(found) ^ set(class_folders(Path(folder, "train"))):

@@ -120,9 +120,8 @@ def fit(
                 optimizer.step()
                 if average:
                     average.update_parameters(model.encoder_q)
-                run.add(
-                    step, loss, model.health if model.measure_health else None
-                )  # nothing up to here waits for the device
+                run.add(step, loss, model.health if model.measure_health else None)
+                # Nothing up to this line waits for the device.
                 if run.due(step):
                     run.sync(step, lr)
                     if run.stopping and step + 1 < steps:

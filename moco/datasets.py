@@ -199,7 +199,7 @@ def cifar(name: str, folder: str, train: bool) -> Split:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}",
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -326,11 +326,8 @@ def decode(paths: Sequence[str]) -> torch.Tensor | None:
             images[i] = image
         return same
 
-    bar = dict(
-        desc="reading", unit="image", leave=False, disable=distributed.rank() > 0 or None
-    )  # None: if no terminal
-    with ThreadPoolExecutor(
-        min(16, distributed.cores())
-    ) as pool:  # `all` ends at the first other size, and the rest is cancelled
+    # disable=None: a bar only on a terminal. `all` ends at the first image of another size, which cancels the rest.
+    bar = dict(desc="reading", unit="image", leave=False, disable=distributed.rank() > 0 or None)
+    with ThreadPoolExecutor(min(16, distributed.cores())) as pool:
         same = all(tqdm(pool.map(read, range(len(paths))), total=len(paths), **bar))
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() if same else None

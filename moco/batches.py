@@ -35,11 +35,6 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
-def my_share(rows: Tensor) -> Tensor:
-    """This process's rows of a global batch."""
-    return rows.tensor_split(distributed.world_size())[distributed.rank()]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Which images are in which global batch, by seed and epoch."""
@@ -132,7 +127,10 @@ class Batches:
             colours = [recipe.draw_order(rng) for recipe, rng in zip(self.recipes, jitter, strict=True)]
             if step < first:
                 continue
-            rows = [my_share(batch if order is None or view != 1 else batch[order]) for view in range(len(self.views))]
+            rows = [
+                distributed.my_rows(batch if order is None or view != 1 else batch[order])
+                for view in range(len(self.views))
+            ]
             images = self.source(epoch, step, rows)
             if shuffle:  # the process with an image's query decoded it, so its key crop changes processes
                 images[1] = shuffle(images[1], step)
@@ -183,7 +181,7 @@ class Files:
         """The items (epoch, row) that this process's workers load for each step."""
         for epoch in epochs:
             for rows in self.plan.rows(epoch).split(self.plan.batch_size):
-                yield [(epoch, i) for i in my_share(rows).tolist()]
+                yield [(epoch, i) for i in distributed.my_rows(rows).tolist()]
 
     def close(self) -> None:
         if self.stream is not None:

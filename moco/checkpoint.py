@@ -217,7 +217,7 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
         say(f"note: '{path}' will be overwritten; --resume auto continues it")
     if resume != "auto":
         return resume
-    finders = distributed.total(path.is_file(), device)
+    finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))
     if 0 < finders < distributed.world_size():
         raise UsageError(f"only some machines find a checkpoint to resume: they must share --output-dir {folder}")
     return str(path) if finders else None

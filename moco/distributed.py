@@ -82,11 +82,6 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-def total(value: float, device: torch.device) -> float:
-    """The sum of a number over the processes."""
-    return all_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
-
-
 def broadcast(x: Tensor) -> Tensor:
     """Rank 0's tensor, on each process (written into x)."""
     if world_size() > 1:
@@ -95,9 +90,8 @@ def broadcast(x: Tensor) -> Tensor:
 
 
 def my_rows(x: Tensor) -> Tensor:
-    """This process's equal share of the rows of a tensor that every process has."""
-    share = len(x) // world_size()
-    return x[rank() * share : (rank() + 1) * share]
+    """This process's share of the rows of a tensor that every process has; all shares are equal, if possible."""
+    return x.tensor_split(world_size())[rank()]
 
 
 def shuffle_images(images: Tensor, order: Tensor) -> Tensor:

@@ -103,9 +103,13 @@ def fit(
         """Saves after `epoch` complete epochs; `within`: the state of the next one, see Run.state."""
         average_statistics(model, average)
         checkpoint.check_finite(model.state_dict(), f"after {epoch} epochs and {run.step} steps")
+        content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(model.state_dict()))
+        content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
+        if average:
+            content["average"] = checkpoint.with_prefix(average.module.state_dict(prefix="encoder_q."))
         kept = not within and (epoch % args.save_freq == 0 or epoch == args.epochs)
         name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
-        run.save(contents(args, model, average, optimizer, epoch) | (within or {}), name)
+        run.save(content | (within or {}), name)
 
     with run, closing(batches):
         for epoch in range(run.epoch, args.epochs):
@@ -216,17 +220,6 @@ def measure(
         scores = method.classifier(model, encoder)
         found["top1"], found["top5"] = evaluate.accuracy(scores, images, len(validation.classes))[:2]
     return found
-
-
-def contents(
-    args: Options, model: nn.Module, average: AveragedModel | None, optimizer: torch.optim.Optimizer, epoch: int
-) -> dict:
-    """A checkpoint after `epoch` epochs, in MoCo's format."""
-    content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(model.state_dict()))
-    content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
-    if average:
-        content["average"] = checkpoint.with_prefix(average.module.state_dict(prefix="encoder_q."))
-    return content
 
 
 def average_statistics(*models: nn.Module | None) -> None:

@@ -241,9 +241,9 @@ class Log:
         """Appends a row. A value is None if it was not measured in this epoch."""
         if distributed.rank() != 0:
             return
-        row = {"epoch": epoch, **{name: rounded(value) for name, value in values.items()}}
+        row = {name: "" if value is None else f"{value:.7g}" for name, value in values.items()}
         try:
-            self.write([*self.rows, row])
+            self.write([*self.rows, {"epoch": epoch, **row}])
             for name, value in values.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, epoch)
@@ -260,10 +260,6 @@ def all_but_os_errors(error: threading.ExceptHookArgs) -> None:
     """A threading.excepthook that skips OSErrors: when the disk is full, TensorBoard's thread has one, and `Log` reports it."""
     if not isinstance(error.exc_value, OSError):
         threading.__excepthook__(error)
-
-
-def rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.7g}"
 
 
 def read_log(path: str | Path) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ in model_best.pth.tar, with its encoder; this evaluates it again:
 import moco  # noqa: F401, I001  before torch: it says how threads wait
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -102,7 +102,7 @@ def read(args: Namespace) -> tuple[str, dict, dict[str, Tensor]]:
     if args.resume and "best" not in saved:
         raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
     if args.resume and not args.evaluate and "optimizer" not in saved:
-        raise UsageError(f"'{source}' holds weights alone: evaluate them with -e, or train on them with --pretrained")
+        raise UsageError(f"'{source}' contains only weights: evaluate them with -e, or train on them with --pretrained")
     weights = checkpoint.encoder_weights(saved, source)
     if args.resume and args.pretrained:
         pretrained = checkpoint.load(args.pretrained)
@@ -155,14 +155,14 @@ def train(
         run.resume(saved, optimizer, source)
         best = saved["best"]
         if run.epoch < args.epochs:
-            say(f"going on with epoch {run.epoch} of '{source}'")
+            say(f"continuing at epoch {run.epoch} of '{source}'")
     else:
         torch.manual_seed(args.seed)
         nn.init.normal_(classifier.weight, std=0.01)
         nn.init.zeros_(classifier.bias)
     say(
         f"linear classifier of {len(split.classes)} classes on {args.arch} from '{source}': {len(split):,} images, "
-        f"{len(batches)} steps an epoch"
+        f"{len(batches)} steps per epoch"
     )
 
     def save(epoch: int, more: dict) -> None:
@@ -208,8 +208,14 @@ def train(
     if best is None:
         raise UsageError(f"no epoch to train: {run.epoch} of {args.epochs} are done")
     if counts is not None:
-        say(evaluate.worst_classes(counts, split.classes))
+        say(worst_classes(counts, split.classes))
     say(f"result: top1={best['top1']:.2f} top5={best['top5']:.2f} epoch={best['epoch']}")
+
+
+def worst_classes(counts: Tensor, classes: Sequence[str], count: int = 3) -> str:
+    """The classes of lowest top-1 accuracy, as a line; `counts`: see `accuracy`; a class without images is left out."""
+    rates = [(100 * right / all, name) for right, all, name in zip(*counts.tolist(), classes, strict=True) if all]
+    return "worst classes: " + ", ".join(f"{name} {rate:.1f}" for rate, name in sorted(rates)[:count])
 
 
 if __name__ == "__main__":

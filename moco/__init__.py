@@ -3,9 +3,9 @@
 import os
 from typing import TYPE_CHECKING
 
-# How long OpenMP's threads spin while they wait, which libgomp reads when torch is imported. By default two runs on one
-# machine starve each other: on two cores of an AMD EPYC resnet20 trains 192 images/s alone, and two at once 35 and 36; with
-# 1,000 rounds 184 alone, 106 and 117 at once (OMP_WAIT_POLICY=PASSIVE: 179, 116 and 120).
+# How long waiting OpenMP threads spin; libgomp reads it when torch is imported. By default two runs on one machine
+# starve each other: on two cores of an AMD EPYC one run of resnet20 trains 192 images/s, two at once 35 and 36. With
+# 1,000 rounds one run trains 184, two 106 and 117 (OMP_WAIT_POLICY=PASSIVE: 179; 116 and 120).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -28,9 +28,9 @@ def load_encoder(
     Returns:
         encoder: in eval mode, (N, 3, H, W) float -> (N, width) float32 features, not normalised.
         preprocess: a PIL image of any size -> its (3, size, size) float32 input, on the CPU. ValueError for one of
-            more than 8 bits a channel (modes I and F): scale it to 8 bits first.
+            more than 8 bits per channel (modes I and F): scale it to 8 bits first.
     Raises:
-        UsageError: no such file. RunError: it is damaged or holds no ResNet.
+        UsageError: no such file. RunError: it is corrupt or contains no ResNet.
     """
     from functools import partial
 

@@ -1,11 +1,11 @@
-"""The views: draw their parameters for many images, then apply them to a whole batch on the device that trains.
+"""Views: draw their parameters for many images, then apply them to a whole batch on the device that trains.
 
-Applied with the same parameters, every operation agrees with torchvision's on a PIL image to rounding; crops, flips
-and blurs are linear in rows and in columns, so that each is two batched matrix products.
+With the same parameters, every operation agrees with torchvision's on a PIL image up to rounding. Crops, flips and blurs
+are linear in rows and in columns: each is two batched matrix products.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
-SMALL = 64  # pixels: views up to this side are CIFAR's and its like, larger ones ImageNet's
+SMALL = 64  # pixels: smaller or equal views get the defaults for CIFAR, larger ones those for ImageNet
 ATTEMPTS = 10  # of RandomResizedCrop, to find a crop that fits into the image
 GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
 
@@ -24,10 +24,11 @@ GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, bl
 class Recipe:
     """One view's random operations, in torchvision's terms.
 
-    size: side of the view. scale, ratio: of RandomResizedCrop. padding: of RandomCrop, which takes its place where given:
-    `size` pixels of the image with this many black ones around it (He et al., arXiv:1512.03385, section 4.2). jitter: brightness, contrast, saturation and hue of
-    ColorJitter, or None, applied with probability jitter_p. gray_p: of RandomGrayscale, before the jitter if
-    gray_first. blur: smallest and largest radius of Pillow's GaussianBlur, applied with probability blur_p.
+    size: side of the view. scale, ratio: of RandomResizedCrop. padding: if given, a RandomCrop from the image with
+    this many black pixels around it replaces RandomResizedCrop (He et al., arXiv:1512.03385, section 4.2).
+    jitter: brightness, contrast, saturation and hue of ColorJitter, or None, applied with probability jitter_p.
+    gray_p: of RandomGrayscale, which comes before the jitter if gray_first. blur: smallest and largest radius of
+    Pillow's GaussianBlur, applied with probability blur_p. flip_p: of the horizontal flip.
     """
 
     size: int = 32
@@ -43,16 +44,16 @@ class Recipe:
     padding: int | None = None
 
     def draw(self, count: int, height: int | None, width: int | None, generator: torch.Generator) -> Tensor:
-        """The parameters of `count` views of height x width images; None: of images that are crops already.
+        """The parameters of `count` views of height x width images. None: the images are cropped already.
 
         Returns:
             (count, 11) float32: top, left, height, width of the crop in pixels, flip, factors of brightness,
             contrast and saturation, shift of hue in turns, gray, radius of the blur in pixels. An operation that is
-            not applied has its identity: factor 1, shift, flip, gray and radius 0.
+            not applied has its identity: factor 1; shift, flip, gray and radius 0.
         """
 
-        # One row of uniform numbers an image, so that a view does not depend on how many are drawn. float64: a crop is
-        # rounded to whole pixels as torchvision rounds it.
+        # One row of uniform numbers per image, so that a view does not depend on how many are drawn. float64, so that
+        # crops are rounded to whole pixels as in torchvision.
         numbers = 9 if height is None else 11 if self.padding is not None else 9 + 2 * ATTEMPTS + 2
         draws = iter(torch.rand(count, numbers, generator=generator, dtype=torch.float64).T)
 
@@ -78,8 +79,7 @@ class Recipe:
 
     def draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, ...]:
         """Top, left, height, width of the crop of one height x width image."""
-        # One image's `crops`, with the same numbers, in plain Python: ten times as fast, and workers do it for every
-        # view.
+        # `crops` of one image, with the same numbers, in plain Python: ten times as fast; workers do it for every view.
         draws = torch.rand(2 * ATTEMPTS + 2, generator=generator, dtype=torch.float64).tolist()
         (least, most), (low, high) = self.scale, (math.log(ratio) for ratio in self.ratio)
         for first, second in zip(draws[:ATTEMPTS], draws[ATTEMPTS : 2 * ATTEMPTS], strict=True):
@@ -90,7 +90,7 @@ class Recipe:
         return self.central_crop(height, width)
 
     def crops(self, uniform: Callable[..., Tensor], height: int, width: int) -> Tensor:
-        """(count, 4): RandomResizedCrop's first of ten attempts that fits into the image, else its central crop."""
+        """(count, 4): RandomResizedCrop's: the first of ten attempts that fits into the image, else `central_crop`."""
         log_ratio = [math.log(r) for r in self.ratio]
         area = height * width * torch.stack([uniform(*self.scale) for _ in range(ATTEMPTS)], 1)
         ratio = torch.stack([uniform(*log_ratio) for _ in range(ATTEMPTS)], 1).exp()
@@ -111,13 +111,9 @@ class Recipe:
         size = torch.full_like(top, self.size)
         return torch.stack([top, left, size, size], 1)
 
-    def central_crop(self, height, width):
-        low, high = self.ratio
-        h, w = height, width
-        if width / height < low:
-            h = round(width / low)
-        elif width / height > high:
-            w = round(height * high)
+    def central_crop(self, height: int, width: int) -> tuple[int, ...]:
+        """RandomResizedCrop's fallback: the largest central crop whose aspect ratio is allowed."""
+        h, w = min(height, round(width / self.ratio[0])), min(width, round(height * self.ratio[1]))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def draw_order(self, generator: torch.Generator) -> tuple[int, ...]:
@@ -126,23 +122,15 @@ class Recipe:
 
     def transform(self, mean: Sequence[float], std: Sequence[float]) -> transforms.Compose:
         """The same views by torchvision: PIL image -> (3, size, size) float32. It draws from torch's own generator."""
-        jitter = []
-        if self.jitter:
-            jitter = [transforms.RandomApply([transforms.ColorJitter(*self.jitter)], p=self.jitter_p)]
-        gray = [transforms.RandomGrayscale(p=self.gray_p)] if self.gray_p else []
-        cut = transforms.RandomResizedCrop(self.size, self.scale, self.ratio)
+        crop = transforms.RandomResizedCrop(self.size, self.scale, self.ratio)
         if self.padding is not None:
-            cut = transforms.RandomCrop(self.size, self.padding)
-        return transforms.Compose(
-            [
-                cut,
-                *(gray + jitter if self.gray_first else jitter + gray),
-                *([transforms.RandomApply([PillowBlur(*self.blur)], p=self.blur_p)] if self.blur_p else []),
-                transforms.RandomHorizontalFlip(self.flip_p),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
+            crop = transforms.RandomCrop(self.size, self.padding)
+        jitter = transforms.ColorJitter(*(self.jitter or (0, 0, 0, 0)))
+        colours = [transforms.RandomApply([jitter], self.jitter_p), transforms.RandomGrayscale(self.gray_p)]
+        blur = transforms.RandomApply([PillowBlur(*self.blur)], self.blur_p)
+        flip = transforms.RandomHorizontalFlip(self.flip_p)
+        tail = [blur, flip, transforms.ToTensor(), transforms.Normalize(mean, std)]
+        return transforms.Compose([crop, *(reversed(colours) if self.gray_first else colours), *tail])
 
 
 AUG_PLUS = Recipe()
@@ -155,7 +143,7 @@ PADDED = Recipe(padding=4, jitter=None, gray_p=0, blur_p=0)
 
 
 class PillowBlur(nn.Module):
-    """Gaussian blur of a PIL image, its radius uniform between two."""
+    """Gaussian blur of a PIL image, its radius drawn uniformly from `low` to `high`."""
 
     def __init__(self, low, high):
         super().__init__()
@@ -170,9 +158,8 @@ class Views:
     """Makes a recipe's views of a batch.
 
     Args:
-        mean, std: three floats each, of pixels in 0..1. compile: fuse the operations with torch.compile, one by one,
-            since the 24 orders of the colour jitter would be 24 programs. cropped: images come as crops of the view's
-            size, and only the rest of the operations is done.
+        mean, std: three floats each, of pixels in 0..1. compile: torch.compile each operation by itself; the 24
+            orders of the colour jitter would be 24 programs. cropped: images are crops of the view's size already.
     """
 
     def __init__(
@@ -185,7 +172,7 @@ class Views:
         cropped: bool = False,
     ):
         self.recipe = recipe
-        self.mean, self.std = statistics(mean, std, device)
+        self.mean, self.std = (constant(tuple(values), device) for values in (mean, std))
         wrap = torch.compile if compile else lambda function: function
         self.crop = wrap(flip if cropped else crop)
         self.gray, self.blur, self.finish = wrap(gray), wrap(blur), wrap(finish)
@@ -240,8 +227,9 @@ def linear(x: Tensor, by_rows: Tensor, by_columns: Tensor) -> Tensor:
 def triangles(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
     """(N, out, size): the weights with which Pillow's bilinear filter resizes `length` pixels from `start` on to `out`.
 
-    Of an output pixel, a triangle around its place in the input, as wide as one input pixel or one output pixel,
-    whichever is larger, cut off at the ends of the crop and made to sum to 1. Where `flip`, the places are mirrored.
+    The weights of an output pixel are a triangle around its place in the input, as wide as one input pixel or one
+    output pixel, whichever is larger, cut off at the ends of the crop and normalised to sum to 1. `flip` mirrors the
+    places.
     """
     pixel = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
     place = torch.arange(out, device=start.device, dtype=start.dtype) + 0.5
@@ -250,7 +238,7 @@ def triangles(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor |
         place = torch.where(flip[:, None] > 0, out - place, place)
     scale = length / out
     unit = scale.clamp(min=1)
-    # Pixels outside the crop are infinitely far away. Both operands are small: the mask costs nothing here.
+    # Pixels outside the crop are infinitely far away. Masked here, where both operands are still small.
     inside = (pixel > start) & (pixel < start + length)
     pixel = torch.where(inside, (pixel - start) / unit, torch.inf)
     distance = (pixel[:, None, :] - (place * scale / unit)[:, :, None]).abs_()
@@ -267,7 +255,7 @@ def crop(images: Tensor, parameters: Tensor, size: int) -> Tensor:
 
 
 def flip(images: Tensor, parameters: Tensor, size: int) -> Tensor:
-    """Horizontal flip alone: (N, 3, S, S) uint8 -> (N, S, 3, S) float32."""
+    """Only the horizontal flip: (N, 3, S, S) uint8 -> (N, S, 3, S) float32."""
     x = rows_first(images)
     return torch.where(column(parameters, FLIP) > 0, x.flip(3), x)
 
@@ -290,7 +278,7 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    # Pillow's mean: of the gray image in whole numbers, and a whole number itself.
+    # Pillow takes the mean of the gray image in whole numbers, and rounds it.
     mean = luminance(x).round_().mean((1, 2, 3), keepdim=True).add_(0.5).floor_()
     return torch.lerp(mean, x, factor).clamp_(0, 255)
 
@@ -300,13 +288,13 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift`, with HSV's value and saturation kept, in torchvision's float arithmetic."""
+    """Turns the hue by `shift` and keeps HSV's value and saturation, in torchvision's float arithmetic."""
     red, green, blue = x.split(1, dim=2)
     value = torch.maximum(red, green).maximum(blue)
     lowest = torch.minimum(red, green).minimum(blue)
     chroma = value - lowest
-    # The hue, from 0 (red) to 3 (cyan) by way of green, and to -3 by way of blue: chroma times its size is one formula
-    # in all sextants. The usual three cases, and a remainder, would take most of the time on a CPU.
+    # The hue, from 0 (red) through green to 3 (cyan), and through blue to -3: one formula for all sextants gives chroma
+    # times its size. The usual three cases and a remainder would take most of the time on a CPU.
     size = (green + blue).sub_(red).add_(value).sub_(lowest, alpha=2)
     sextant = size.div_(chroma.clamp(min=1e-6)).copysign_(green - blue).add_(6 * shift)
     sextant.sub_((sextant / 6).floor_(), alpha=6)
@@ -341,8 +329,7 @@ def boxes(radius: Tensor, size: int) -> Tensor:
     reach, whole, fraction = (whole + fraction)[:, None, None], whole[:, None], fraction[:, None]
     pixel = torch.arange(size, device=radius.device, dtype=radius.dtype)
     box = (reach + 1 - (pixel - pixel[:, None]).abs_()).clamp_(0, 1)
-    # The edge is repeated: the first pixel, and mirrored the last one, stand for all that lies at their distance or
-    # further.
+    # The edge is repeated: the first pixel, and mirrored the last, stands for every pixel at its distance or farther.
     beyond = (whole + 1 - pixel).clamp_(min=0) + fraction * (pixel <= whole + 1)
     box[:, :, 0], box[:, :, -1] = beyond, beyond.flip(1)
     return box.div_(2 * reach + 1)
@@ -354,25 +341,19 @@ def finish(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.transpose(2, 3).contiguous().permute(0, 3, 1, 2)
 
 
-def statistics(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> list[Tensor]:
-    return constants(tuple(mean), tuple(std), torch.device(device))
-
-
-# These two are made once: a transfer to a GPU makes the host wait for it.
-
-
-@cache
-def constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> list[Tensor]:
-    return [255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1) for values in (mean, std)]
+@cache  # a transfer to a GPU would make the host wait for it
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean or standard deviation of pixels in 0..1 -> (3, 1) float32, of pixels in 0..255."""
+    return 255 * torch.tensor(values, device=device, dtype=torch.float32).view(3, 1)
 
 
 @dataclass(frozen=True)
 class Centre:
-    """The view of an image that is evaluated: its shorter side resized, then its centre.
+    """The view of an image for evaluation: resize the shorter side, then take the centre.
 
-    size: side of the view. mean, std: of the pixels, in 0..1. crop: resize the shorter side to more than `size`: 9/8
-    of it up to 64 pixels (36 for 32), and beyond them 256/224 (256 for 224), as torchvision does; else to `size`, so
-    that images of this size are taken as they are.
+    size: side of the view. mean, std: of the pixels, in 0..1. crop: resize the shorter side to 9/8 of `size` up to 64
+    pixels (36 for 32), beyond them to 256/224 of it (256 for 224), as torchvision does; else to `size`, so that images
+    of this size do not change.
     """
 
     size: int
@@ -382,33 +363,33 @@ class Centre:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, 3, size, size) float32, normalised, channels last."""
-        count, _, height, width = images.shape
-        x = rows_first(images)
-        if self.crop or (height, width) != (self.size, self.size):
-            x = linear(x, *(by.expand(count, -1, -1) for by in self.matrices(height, width, images.device)))
-        return finish(x, *statistics(self.mean, self.std, images.device))
+        x, sides = rows_first(images), images.shape[2:]
+        if self.crop or sides != (self.size, self.size):
+            places = zip(sides, self.sides(*sides), strict=True)
+            by = [resizing(old, new, images.device)[:, first : first + self.size] for old, (new, first) in places]
+            x = linear(x, *(matrix.expand(len(x), -1, -1) for matrix in by))
+        return self.finish(x)
 
     def cut(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, size, size) uint8: all but the normalisation, of one image of any size."""
+        """(3, H, W) uint8 -> (3, size, size) uint8: one image of any size, without the normalisation."""
         (height, top), (width, left) = self.sides(*image.shape[1:])
         return resize(image, height, width)[:, top : top + self.size, left : left + self.size]
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) uint8 -> float32, normalised, channels last."""
-        return finish(rows_first(images), *statistics(self.mean, self.std, images.device))
+        return self.finish(rows_first(images))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return finish(x, *(constant(tuple(values), x.device) for values in (self.mean, self.std)))
 
     def sides(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Height and width after resizing, and where the centre begins in each."""
+        """Height and width after resizing, each with the first pixel of the centre."""
         short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
         sides = [short * side // min(height, width) for side in (height, width)]
         return [(side, round((side - self.size) / 2)) for side in sides]
 
-    def matrices(self, height: int, width: int, device: torch.device) -> Iterator[Tensor]:
-        for side, (out, first) in zip((height, width), self.sides(height, width), strict=True):
-            yield resizing(side, out, device)[:, first : first + self.size]
 
-
-@cache  # of images in memory, which have one size
+@cache  # images in memory have one size
 def resizing(size: int, out: int, device: torch.device) -> Tensor:
     """(1, out, size): resizes a whole row of pixels."""
     start, length = torch.tensor([[0.0], [size]], device=device)

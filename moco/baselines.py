@@ -24,7 +24,7 @@ class SupContrast(nn.Module):
     def __init__(self, base_encoder: Callable[..., nn.Module], dim: int = 128, T: float = 0.1, *, bn_splits: int = 1):
         super().__init__()
         self.T, self.bn_splits = T, bn_splits
-        self.watch, self.health = False, None
+        self.measure_health, self.health = False, None
         self.encoder_q = base_encoder(num_classes=dim)
         encoders.add_mlp_head(self.encoder_q)
         encoders.split_batch_norm(self.encoder_q, bn_splits)
@@ -54,7 +54,7 @@ class SupContrast(nn.Module):
             positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
             positives |= images_all[:, None] == images_all  # the other view, whatever the label
             contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
-            if self.watch:
+            if self.measure_health:
                 self.health = contrast_health(logits, positives, self.T, contrast)
             loss = out_loss(logits, positives, contrast) * (self.T / 0.07)
 
@@ -71,7 +71,7 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, base_encoder: Callable[..., nn.Module], classes: int, *, bn_splits: int = 1):
         super().__init__()
-        self.watch, self.health = False, None
+        self.measure_health, self.health = False, None
         self.encoder_q = base_encoder(num_classes=classes)
         encoders.split_batch_norm(self.encoder_q, bn_splits)
 

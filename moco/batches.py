@@ -1,7 +1,7 @@
-"""Which images, which views, on which process, at which step.
+"""Batches: which images and views each process sees at each step.
 
 Every random choice is a function of (seed, epoch, step or image, view), never of the process or worker that makes it.
-Views are made in batches on the device that trains. Images that stay in files are first decoded, cropped and resized by
+Views are made in batches, on the device that trains. Images in files are first decoded, cropped and resized by
 data-loading workers.
 """
 
@@ -13,19 +13,20 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
 import torch
 from numpy.random import SeedSequence
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from moco import augment, distributed
-from moco.datasets import PathArray, Split, pixels
+from moco.datasets import Split, pixels
 from moco.errors import WORKER_DIED, RunError, UsageError
 from moco.run import ignore_signals
 
-# What a random choice is for: part of its seed, so that no two choices share a stream.
+# The kinds of random choices, a part of their seeds: no two kinds share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
-SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
+SHARED_MEMORY = "/dev/shm"  # where data-loading workers put their batches
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -34,14 +35,9 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
-def my_share(rows: Tensor) -> Tensor:
-    """This process's rows of a global batch."""
-    return rows.tensor_split(distributed.world_size())[distributed.rank()]
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Which images are in which global batch: a function of seed and epoch."""
+    """Which images are in which global batch, by seed and epoch."""
 
     images: int
     batch_size: int
@@ -53,7 +49,7 @@ class Plan:
         return self.images // self.batch_size if self.drop_last else -(-self.images // self.batch_size)
 
     def rows(self, epoch: int) -> Tensor:
-        """The rows of the data set in an epoch, (n,) int64: its batches are rows.split(batch_size)."""
+        """The images of an epoch as rows of the data set, (n,) int64; its batches are rows.split(batch_size)."""
         rows = torch.randperm(self.images, generator=generator(self.seed, epoch, IMAGES))
         return rows[: len(self) * self.batch_size]
 
@@ -66,12 +62,12 @@ class Batches:
     """The global batches of an epoch, and this process's share of their views.
 
     Args:
-        recipes: an augment.Recipe per view. The second view, if there is one, is the key's.
+        recipes: an augment.Recipe per view. The second view, if any, is the key's.
         batch_size: of the global batch. mean, std: of the pixels, in 0..1.
-        shuffle_keys: make key views of other rows of the batch than query views, and say which (Shuffling BN).
-        drop_last: leave out the last batch where it is smaller than the others.
-        workers: data-loading workers of this machine, over all its processes; they prepare the next epoch while one
-            is trained, up to `epochs`.
+        shuffle_keys: this process's key views show other images than its query views, given by an order (Shuffling BN).
+        drop_last: omit the last batch if it is smaller than the others.
+        workers: data-loading workers of this machine, over all its processes. They prepare the next epoch, up to
+            `epochs`, during the current one.
         compile: torch.compile the views.
     """
 
@@ -96,26 +92,24 @@ class Batches:
         self.recipes, self.device, self.shuffle_keys = recipes, device, shuffle_keys
         self.plan = Plan(len(split), batch_size, seed, drop_last)
         self.labels = split.labels.to(device)
-        self.in_files = split.images is None
-        if self.in_files:
+        if split.images is None:
             self.source = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device)
         else:
             self.source = Memory(split.images)
-        self.views = [augment.Views(r, mean, std, device, compile, cropped=self.in_files) for r in recipes]
+        self.views = [augment.Views(r, mean, std, device, compile, cropped=split.images is None) for r in recipes]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def close(self) -> None:
-        """Stops the workers: they ignore signals, so nothing else does."""
-        if self.in_files:
-            self.source.close()
+        """Stops the workers, which ignore signals."""
+        self.source.close()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
-        """From step `first` on, yields (views, labels, order).
+        """Yields (views, labels, order) from step `first` on.
 
         views: a (n, 3, S, S) float32 tensor per view, of this process's n rows. labels: (n,) int64, of the queries.
-        order: (B,) int64, with shuffle_keys: row j of the global batch of key views shows image order[j] of it.
+        order: (B,) int64, or None without shuffle_keys: row j of the global key views shows image order[j] of the batch.
         """
         plan, device, orders, shuffle = self.plan, self.device, [None] * len(self), None
         drawn, jitter = [], []
@@ -123,19 +117,22 @@ class Batches:
             parameters = generator(plan.seed, epoch, PARAMETERS, view)
             drawn.append(recipe.draw(plan.images, *self.source.size, parameters).to(device))
             jitter.append(generator(plan.seed, epoch, JITTER, view))
-        # In one transfer each: one at every step would make the host wait for the step before.
+        # One transfer per epoch: one per step would make the host wait for the step before.
         batches = plan.rows(epoch).to(device).split(plan.batch_size)
         if self.shuffle_keys:
             orders = plan.key_orders(epoch)
-            shuffle = distributed.Shuffle(orders, device) if self.in_files else None
+            shuffle = distributed.Shuffle(orders, device) if isinstance(self.source, Files) else None
             orders = orders.to(device)
         for step, (batch, order) in enumerate(zip(batches, orders, strict=True)):
             colours = [recipe.draw_order(rng) for recipe, rng in zip(self.recipes, jitter, strict=True)]
             if step < first:
                 continue
-            rows = [my_share(batch if order is None or view != 1 else batch[order]) for view in range(len(self.views))]
+            rows = [
+                distributed.my_rows(batch if order is None or view != 1 else batch[order])
+                for view in range(len(self.views))
+            ]
             images = self.source(epoch, step, rows)
-            if shuffle:  # the process that has an image's query has decoded it: its key crop changes processes
+            if shuffle:  # the process with an image's query decoded it, so its key crop changes processes
                 images[1] = shuffle(images[1], step)
             parameters = [draws[each] for draws, each in zip(drawn, rows, strict=True)]
             views = [make(*what) for make, *what in zip(self.views, images, parameters, colours, strict=True)]
@@ -143,7 +140,7 @@ class Batches:
 
 
 class Memory:
-    """Images in memory, on the device: whole, of one size."""
+    """Images in memory, on the device, all of one size; not cropped."""
 
     def __init__(self, images: Tensor):
         self.images, self.size = images, images.shape[2:]
@@ -152,18 +149,21 @@ class Memory:
         """The images at these rows, (n, 3, H, W) uint8 per view."""
         return [self.images[each] for each in rows]
 
+    def close(self) -> None:
+        """There are no workers."""
+
 
 class Files:
-    """Images in files: data-loading workers decode and crop them, and go on from one epoch to the next."""
+    """Images in files, decoded and cropped by data-loading workers, which live for all epochs."""
 
-    size = (None, None)  # the workers crop
+    size = (None, None)  # of Recipe.draw: the workers crop
 
     def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
         self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
-        self.stream, self.next = None, None  # what the workers make, and the (epoch, step) that comes next
+        self.stream, self.next = None, None  # the workers' batches, and the (epoch, step) of the next one
 
     def __call__(self, epoch: int, step: int, rows: Sequence[Tensor]) -> list[Tensor]:
-        """The crops of this process's queries, (n, 3, S, S) uint8 on the device per view: each file is decoded once."""
+        """The crops of this process's queries, (n, 3, S, S) uint8 on the device per view. Each file is decoded once."""
         if self.next != (epoch, step):
             self.close()
             self.stream = self.start(epoch, step)
@@ -175,13 +175,13 @@ class Files:
     def start(self, epoch: int, first: int) -> Iterator[Tensor]:
         epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
         items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
-        return load(self.dataset, items, steps, share, self.workers, self.device)
+        return load_batches(self.dataset, items, steps, share, self.workers, self.device)
 
     def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
-        """What the workers of this process are asked for at each step."""
+        """The items (epoch, row) that this process's workers load for each step."""
         for epoch in epochs:
             for rows in self.plan.rows(epoch).split(self.plan.batch_size):
-                yield [(epoch, i) for i in my_share(rows).tolist()]
+                yield [(epoch, i) for i in distributed.my_rows(rows).tolist()]
 
     def close(self) -> None:
         if self.stream is not None:
@@ -189,14 +189,15 @@ class Files:
             self.stream = None
 
 
-def load(
+def load_batches(
     dataset: "Decoded", items: Iterable[list], steps: int, share: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Yields the batch that `dataset` makes of the items of each step, in data-loading workers.
+    """Yields the batch that `dataset` makes of each step's items, in data-loading workers.
 
     Args:
-        items: of each of the `steps` steps, up to `share` of them. workers: of this machine, over all its processes.
-    Raises RunError for an image that cannot be read, or too little shared memory.
+        items: for each of the `steps` steps, at most `share` of them. workers: of this machine, over all its processes.
+    Raises:
+        RunError: an image cannot be read, or there is too little shared memory.
     """
     processes = distributed.processes_on_node
     workers = min(-(-workers // processes), distributed.cores(), steps)
@@ -217,14 +218,14 @@ def load(
         worker_init_fn=ignore_signals,
     )
     iterator = iter(loader)
-    if workers:  # they ignore signals: a program that leaves this generator open would wait for them when it ends
+    if workers:  # they ignore signals: a program that does not close this generator would wait for them at its end
         atexit.register(iterator._shutdown_workers)
     try:
         for made in iterator:
             if isinstance(made, RunError):
                 raise made
             yield made
-    except (OSError, EOFError):  # a worker was killed while it handed over a batch
+    except (OSError, EOFError):  # a worker was killed while it passed on a batch
         raise RunError(WORKER_DIED) from None
     finally:
         if workers:
@@ -233,14 +234,15 @@ def load(
 
 
 class Decoded(Dataset):
-    """What is made of a file's image, as uint8. `empty`: the batch of no item."""
+    """Makes uint8 tensors from the images in files. `empty`: the batch without items."""
 
     def __init__(self, split: Split, *shape: int):
-        self.split = replace(split, paths=PathArray(split.paths))
+        # One array that forked workers share: reference counts would copy a list page by page.
+        self.split = replace(split, paths=np.array([os.fsencode(path) for path in split.paths]))
         self.empty = torch.empty(0, *shape, dtype=torch.uint8)
 
     def __getitems__(self, items: list) -> Tensor | RunError:
-        """The batch of these items, or the error of one. (Raised here, it would have the worker's traceback in it.)"""
+        """The batch of these items, or an item's error: DataLoader would add a traceback if it were raised."""
         try:
             return torch.stack([self[item] for item in items]) if items else self.empty
         except RunError as error:
@@ -248,7 +250,7 @@ class Decoded(Dataset):
 
 
 class Crops(Decoded):
-    """(views, 3, S, S) uint8: RandomResizedCrop of a file, decoded once; an item is named by (epoch, index)."""
+    """(views, 3, S, S) uint8 per item (epoch, index): random crops of a file that is decoded once."""
 
     def __init__(self, split: Split, recipes: Sequence[augment.Recipe], seed: int):
         super().__init__(split, len(recipes), 3, recipes[0].size, recipes[0].size)
@@ -266,7 +268,7 @@ class Crops(Decoded):
 
 
 class CentreCrops(Decoded):
-    """(3, S, S) uint8: what augment.Centre takes of a file; an item is named by its index."""
+    """(3, S, S) uint8 per item, the index of a file: its centre crop, see augment.Centre."""
 
     def __init__(self, split: Split, centre: augment.Centre):
         super().__init__(split, 3, centre.size, centre.size)
@@ -279,11 +281,11 @@ class CentreCrops(Decoded):
 class Centres:
     """This process's share of a split's images, in batches: (images (n, 3, S, S) float32, labels (n,)).
 
-    Every process has the same number of batches; its last ones may be empty. Process r of R has rows r, r + R, ...
+    Every process has equally many batches; the last ones may be empty. Process r of R has rows r, r + R, ...
 
     Args:
-        centre: what makes a (n, 3, H, W) uint8 batch an input, see augment.Centre.
-        batch_size: over all processes. workers: for images in files; of this machine, over all its processes.
+        centre: makes the inputs. batch_size: over all processes. workers: for images in files; of this machine, over
+            all its processes.
     """
 
     def __init__(self, split: Split, centre: augment.Centre, batch_size: int, device: torch.device, workers: int = 8):
@@ -302,7 +304,7 @@ class Centres:
         else:
             make, dataset = self.centre.normalise, CentreCrops(self.split, self.centre)
             items = [some.tolist() for some in rows]
-            loaded = load(dataset, items, len(items), self.batch, self.workers, self.device)
+            loaded = load_batches(dataset, items, len(items), self.batch, self.workers, self.device)
         with closing(loaded):
             for some, images in zip(rows, loaded, strict=True):
                 yield make(images.to(self.device, non_blocking=True)), self.labels[some]

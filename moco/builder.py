@@ -38,7 +38,7 @@ class MoCo(nn.Module):
     ):
         super().__init__()
         self.K, self.m, self.T, self.bn_splits = K, m, T, bn_splits
-        self.watch = False  # also compute `health`, see losses.contrast_health?
+        self.measure_health = False  # also compute `health`, see losses.contrast_health?
         self.health = None
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
@@ -76,7 +76,7 @@ class MoCo(nn.Module):
 
             # logits against the own key and the queue: Nx(1+K)
             logits = info_nce_logits(q, distributed.my_rows(k_all), self.queue.clone(), self.T)
-            if self.watch:
+            if self.measure_health:
                 own_key = torch.arange(logits.shape[1], device=q.device).expand(logits.shape) == 0
                 self.health = contrast_health(logits, own_key, self.T)
             loss = info_nce_loss(logits)
@@ -157,7 +157,7 @@ class LabelAwareMoCo(MoCo):
             float32 scalar, the mean over the queries.
         """
         logits, positives = self.compare(q, labels, k_all, labels_all, own=distributed.rank() * len(q))
-        if self.watch:
+        if self.measure_health:
             self.health = contrast_health(logits, positives, self.T)
         return self.loss(logits, positives)
 
@@ -227,7 +227,7 @@ class MoCoSupLoss(LabelAwareMoCo):
         k = distributed.my_rows(k_all)
         chunks = zip(*(x.chunk(self.bn_splits) for x in (q, labels, k)), strict=True)
         losses, healths = zip(*(self.one_process(*chunk) for chunk in chunks), strict=True)
-        self.health = torch.stack(healths).mean(0) if self.watch else None
+        self.health = torch.stack(healths).mean(0) if self.measure_health else None
         return torch.stack(losses).mean()
 
     def one_process(self, q: Tensor, labels: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +235,7 @@ class MoCoSupLoss(LabelAwareMoCo):
         logits, positives = self.compare(q, labels, torch.cat([q, k]), labels.repeat(2), own=n)
         contrast = torch.ones_like(positives)
         contrast[:, :n].fill_diagonal_(False)  # a query is not contrasted with itself
-        health = contrast_health(logits, positives, self.T, contrast) if self.watch else None
+        health = contrast_health(logits, positives, self.T, contrast) if self.measure_health else None
         return out_loss(logits, positives, contrast), health
 
 

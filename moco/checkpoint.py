@@ -1,5 +1,5 @@
-"""Save, load, resume. Checkpoints are in MoCo's format: a dict of `epoch`, `arch`, `state_dict` (names begin with `module.`), `optimizer`,
-and what resuming needs besides. A checkpoint is data, not a program: it is loaded with `weights_only=True`.
+"""Save, load, resume. Checkpoints have MoCo's format: a dict of `epoch`, `arch`, `state_dict` (names begin with
+`module.`), `optimizer`, and what else resuming needs. They are data, not programs: loaded with `weights_only=True`.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ COUNTER = ".num_batches_tracked"
 
 
 def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
-    """Writes a temporary file, flushes and renames it: `path` is always complete, the old checkpoint or the new one.
+    """Writes a temporary file, flushes and renames it, so that `path` is always complete, the old or the new one.
 
-    `kept`: a second name for it, made first, so that a run killed in between makes both again.
+    `kept`: a second name for it, made first: a run that is killed in between makes both again.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -41,13 +41,13 @@ def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
         if kept:
             link_or_copy(tmp, path.with_name(kept))
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
-        cause = error if isinstance(error, OSError) else error.__context__
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError after a failed write
         with contextlib.suppress(OSError):
             tmp.unlink()
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        whole = " (the previous one is intact)" if path.exists() else ""
-        raise RunError(f"checkpoint '{path}' could not be written: {reason}{whole}") from None
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or first_line(error)
+        intact = " (the previous one is intact)" if path.exists() else ""
+        raise RunError(f"checkpoint '{path}' could not be written: {reason}{intact}") from None
 
 
 def link_or_copy(path: Path, name: str) -> None:
@@ -71,78 +71,77 @@ def on_host(content: Any) -> Any:
 
 
 class Writer:
-    """Saves checkpoints in a thread, one after another, while training goes on: a disk can take longer than an epoch."""
+    """Saves checkpoints in a thread while training goes on: a disk can take longer than an epoch."""
 
     def __init__(self):
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
 
     def save(self, path: Path, checkpoint: dict, kept: str | None = None) -> None:
-        """`save`, of the checkpoint as it is now."""
+        """As `save`, with the values that the checkpoint has now."""
         self.finish()
         content = on_host(checkpoint)
-        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if copied:
-            copied.record()
-        self.writing = self.thread.submit(self.write, copied, path, content, kept)
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
 
-    @staticmethod
-    def write(copied: torch.cuda.Event | None, path: Path, content: dict, kept: str | None) -> None:
-        if copied:
-            copied.synchronize()
-        save(path, content, kept)
+        def write():
+            if copied:
+                copied.synchronize()
+            save(path, content, kept)
+
+        self.writing = self.thread.submit(write)
 
     def finish(self) -> None:
-        """Waits for the last one; raises the RunError that it ended with."""
+        """Waits for the last checkpoint; raises the RunError that it ended with."""
         if self.writing:
             self.writing.result()
 
     def close(self, failed: bool) -> None:
-        """Writes what is being written to its end; `failed`: after another error, so that this one's is not raised."""
+        """Completes the last checkpoint. `failed`: the run has an error already, so do not raise another."""
         self.thread.shutdown()
         if not failed:
             self.finish()
 
 
 def check_finite(state_dict: dict, when: str) -> None:
-    """RunError if the last update left weights that are not finite; the losses, from before it, do not show that."""
+    """RunError if the last update left weights that are not finite. Its loss, from before it, does not show that."""
     extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
     if not torch.stack(extremes).isfinite().all():
         raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
 
 
 def load(path: str | Path) -> dict:
-    """The checkpoint's dict, on the CPU; `state_dict` and `options` are always there.
+    """The checkpoint's dict, on the CPU, always with `state_dict` and `options`.
 
-    It may also be a bare state dict, as torchvision and timm have them (.pth, .safetensors) and export.py writes them,
-    or SupContrast's dict, whose state dict is `model`.
+    The file may also be a bare state dict (.pth, .safetensors), as torchvision, timm and export.py have, or
+    SupContrast's dict, whose state dict is `model`.
 
     Raises:
-        UsageError: no such file. RunError: it is truncated, not a checkpoint, or holds code.
+        UsageError: no such file. RunError: it is truncated, not a checkpoint, or contains code.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
     checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read(path)
-    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         checkpoint = {"state_dict": dict(checkpoint)}
-    elif isinstance(checkpoint, dict) and "state_dict" not in checkpoint and isinstance(checkpoint.get("model"), dict):
-        checkpoint["state_dict"] = checkpoint.pop("model")
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    checkpoint.setdefault("state_dict", checkpoint.get("model"))
+    if not isinstance(checkpoint["state_dict"], dict):
         raise RunError(f"'{path}' is not a checkpoint: it has no state_dict")
     for name, value in checkpoint["state_dict"].items():
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain:
             raise RunError(f"'{path}' is not a checkpoint: {name} of its state_dict is not a plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
-            raise RunError(f"checkpoint '{path}' holds values that are not finite, in {name}")
+            raise RunError(f"checkpoint '{path}' has values that are not finite, in {name}")
     if not isinstance(checkpoint.get("options"), dict):  # only this project's have them
         checkpoint["options"] = {}
     return checkpoint
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file; RunError: it is damaged."""
+    """The tensors of a .safetensors file; RunError: it cannot be read."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -151,34 +150,33 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RunError(f"'{path}' cannot be read as .safetensors: {str(error).splitlines()[0]}") from None
+        raise RunError(f"'{path}' cannot be read as .safetensors: {first_line(error)}") from None
 
 
 def read(path: Path) -> object:
-    """What torch.save wrote, plain values only; RunError: the file is damaged or something else.
+    """What torch.save wrote, plain values only; RunError: the file is corrupt, not a checkpoint, or contains code.
 
-    An argparse.Namespace is plain, too: SupContrast's, torchvision's and timm's training scripts save theirs.
+    An argparse.Namespace counts as plain: SupContrast's, torchvision's and timm's training scripts save theirs.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look at the checksums
-                    raise RunError(f"checkpoint '{path}' is damaged: the checksum of {damaged} is wrong")
+                if corrupt := archive.testzip():  # torch.load does not check the checksums ...
+                    raise ValueError(f"the checksum of {corrupt} is wrong")
                 for entry in archive.infolist():
-                    if entry.external_attr & 0x10:  # torch.load would leave a tensor uninitialised, without a word
-                        raise RunError(f"checkpoint '{path}' is damaged: {entry.filename} is marked as a folder")
-        # What is wrong is said below, in one line.
+                    if entry.external_attr & 0x10:  # ... and would leave this tensor uninitialised without an error
+                        raise ValueError(f"{entry.filename} is marked as a folder")
+        # Warnings are ignored: what is wrong is reported below, in one line.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and "weights_only" in str(error).lower():
-            raise RunError(f"checkpoint '{path}' holds more than tensors and plain values, and is not opened") from None
-        raise RunError(f"'{path}' is not a checkpoint") from None
-    except Exception as error:  # a damaged file can fail anywhere in torch.load
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise RunError(f"checkpoint '{path}' is damaged or is none: {reason}") from None
+    except Exception as error:  # a corrupt file can fail anywhere in torch.load
+        unsafe = isinstance(error, pickle.UnpicklingError)  # PyTorch's text advises to run the code in it
+        reason = "only tensors and plain values are opened" if unsafe else first_line(error)
+        raise RunError(f"'{path}' cannot be read (corrupt, or not a checkpoint): {reason}") from None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def with_prefix(state_dict: dict) -> dict:
@@ -186,13 +184,13 @@ def with_prefix(state_dict: dict) -> dict:
 
 
 def load_state(module: nn.Module, state_dict: dict, path: str | Path) -> None:
-    """Loads weights whose names begin with `module.`; RunError says which are missing, unknown or of another shape."""
+    """Loads weights, with or without `module.`; RunError names those that are missing, unknown or of another shape."""
     state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
     own = module.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state_dict]
     wrong += [f"{name} is unknown" for name in state_dict if name not in own]
     wrong += [
-        f"{name} is {tuple(value.shape)} there, {tuple(own[name].shape)} here"
+        f"{name} is {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in this network"
         for name, value in state_dict.items()
         if name in own and own[name].shape != value.shape
     ]
@@ -203,7 +201,7 @@ def load_state(module: nn.Module, state_dict: dict, path: str | Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Its momentum buffers; learning rate, momentum and weight decay stay those of the command line."""
+    """Loads momentum buffers only; learning rate, momentum and weight decay remain those of the command line."""
     mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, mine, strict=True):
@@ -211,70 +209,62 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def find(resume: str | None, folder: str, device: torch.device, last: str = LAST) -> str | None:
-    """The checkpoint that --resume names, or None. `auto` is the last one in the output folder, if there is one."""
+    """The checkpoint to resume, or None. `auto` is the last one in the output folder, if any."""
     path = Path(folder, last)
     if resume == "":
-        raise UsageError("--resume '' names no checkpoint")
+        raise UsageError("--resume '' does not name a checkpoint")
     if resume is None and path.is_file():
         say(f"note: '{path}' will be overwritten; --resume auto continues it")
     if resume != "auto":
         return resume
-    finders = distributed.total(path.is_file(), device)
+    finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))
     if 0 < finders < distributed.world_size():
         raise UsageError(f"only some machines find a checkpoint to resume: they must share --output-dir {folder}")
     return str(path) if finders else None
 
 
-def compare_classes(there: list[str] | None, classes: list[str], path: str | Path) -> None:
-    """UsageError: the checkpoint was trained on other classes than `classes`; `there` None: it does not say."""
-    if there not in (None, classes):
-        other = [f"'{name}'" for name in [*there, *classes] if name not in there or name not in classes]
+def compare_classes(saved: list[str] | None, classes: list[str], path: str | Path) -> None:
+    """UsageError: the checkpoint was trained on other classes than `classes`. `saved`: its own, None if it does not say."""
+    if saved not in (None, classes):
+        other = [f"'{name}'" for name in [*saved, *classes] if name not in saved or name not in classes]
         which = f" ({', '.join(other[:5])})" if other else ", in another order"
         raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
 
 
 def compare_data(saved: dict, images: int, classes: list[str], path: str) -> None:
-    """As `compare_options`, of what is known when the images are: their number and their classes."""
+    """As `compare_options`, for the training images: their number and their classes."""
     compare_classes(saved["options"].get("classes"), classes, path)
-    there = saved["options"].get("images", images)
-    if there != images and saved.get("step"):
-        raise UsageError(f"checkpoint '{path}' is from within an epoch of {there} images, and this data has {images}")
-    if there != images:
-        say(f"note: the training images were {there} and are now {images}")
+    then = saved["options"].get("images", images)
+    if then != images and saved.get("step"):
+        raise UsageError(f"checkpoint '{path}' is from within an epoch of {then} images, and this data has {images}")
+    if then != images:
+        say(f"note: the training images were {then} and are now {images}")
 
 
 def compare_options(saved: dict, args: Namespace, path: str) -> None:
-    """UsageError if a resumed run has changed an option that it must keep; announces the change of others.
+    """UsageError if a resumed run has changed an option that it must keep; prints a note if it has changed another.
 
-    `saved`: the checkpoint's options. Which options matter is said where they are declared, see options.Parser.
+    `saved`: the checkpoint's options. Which options matter is declared with them, see options.Parser.
     """
     if not saved:  # another program's checkpoint
         return
     if saved.get("views") == "pil":
-        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which is gone: it cannot be resumed")
-    now = vars(args)
-    if saved.get("objective") != now.get("objective"):
-        raise UsageError(
-            f"checkpoint '{path}' was trained with {saved['objective']}, this script trains {args.objective}"
-        )
-    if saved.get("groups") != now.get("groups"):
-        raise UsageError(
-            f"checkpoint '{path}' was trained with batch norm over {saved['groups']} groups (--bn-splits times "
-            f"processes), this run has {args.groups}"
-        )
-    for name, (flag, must_keep, default) in args.when_resumed.items():
-        then = saved.get(name, default)
-        if then != now[name] and must_keep:
-            raise UsageError(f"checkpoint '{path}' was trained with {flag} {then}, this run has {now[name]}")
-        if then != now[name]:
-            say(f"note: {flag} was {then} and is now {now[name]}")
+        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which was removed: it cannot be resumed")
+    derived = dict(objective=("objective", True, None), groups=("--bn-splits times processes =", True, None))
+    for name, (flag, must_keep, default) in (derived | args.when_resumed).items():
+        then, now = saved.get(name, default), vars(args).get(name)
+        if then != now and must_keep:
+            raise UsageError(f"checkpoint '{path}' was trained with {flag} {then}, this run has {now}")
+        if then != now:
+            say(f"note: {flag} was {then} and is now {now}")
 
 
 def encoder_weights(saved: dict, path: str | Path) -> dict:
-    """The encoder in a checkpoint, with torchvision's names; RunError: there is no ResNet in it.
+    """The encoder in a checkpoint, with torchvision's names; RunError: it contains no ResNet.
 
-    It is the query encoder of ours and of MoCo's (with --ema the average of its weights), SupContrast's encoder (whose
-    `shortcut` is torchvision's `downsample`), or a whole network: a linear evaluation's, torchvision's or timm's.
+    The encoder is the query encoder of this project's and MoCo's checkpoints (with --ema the average of its weights),
+    SupContrast's encoder (its `shortcut` is torchvision's `downsample`), or the whole network of a linear evaluation,
+    torchvision or timm.
     """
     weights = {name.removeprefix(PREFIX): v for name, v in (saved.get("average") or saved["state_dict"]).items()}
     prefix = prefix_of_encoder(weights)
@@ -282,26 +272,28 @@ def encoder_weights(saved: dict, path: str | Path) -> dict:
         n.removeprefix(prefix).replace("shortcut", "downsample"): v for n, v in weights.items() if n.startswith(prefix)
     }
     if "conv1.weight" not in weights or weights["conv1.weight"].dim() != 4:
-        raise RunError(f"checkpoint '{path}' holds no ResNet: neither encoder_q.conv1.weight nor conv1.weight is there")
+        raise RunError(
+            f"checkpoint '{path}' contains no ResNet: it has neither encoder_q.conv1.weight nor conv1.weight"
+        )
     return weights
 
 
 def prefix_of_encoder(state_dict: dict) -> str:
-    """What the names of the encoder begin with, after `module.`; "" for a whole network."""
+    """The prefix of the encoder's names, after `module.`; "" for a whole network."""
     names = {name.removeprefix(PREFIX) for name in state_dict}
     prefixes = ("encoder_q.", "encoder.module.", "encoder.")
     return next((prefix for prefix in prefixes if f"{prefix}conv1.weight" in names), "")
 
 
 def architecture(weights: dict, path: str | Path) -> str:
-    """The -a whose network has these shapes, but for the first convolution and `fc`; RunError: there is none."""
+    """The -a whose network has these shapes, except the first convolution and `fc`; RunError: there is none."""
 
     def shapes(state_dict):
         own = {name: tuple(value.shape) for name, value in state_dict.items()}
         return {n: s for n, s in own.items() if not n.startswith(("fc.", "conv1.")) and not n.endswith(COUNTER)}
 
     theirs = shapes(weights)
-    for arch in sorted(encoders.names(), key=len):  # the usual ones first: to build one takes half a second
+    for arch in sorted(encoders.names(), key=len):  # the common ones first: building one takes half a second
         with torch.device("meta"):
             own = encoders.build(arch)(num_classes=1).state_dict()
         if shapes(own) == theirs:
@@ -310,7 +302,7 @@ def architecture(weights: dict, path: str | Path) -> str:
 
 
 def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classifier: bool = False) -> None:
-    """Loads everything but `fc`, or with `classifier` that too. Old files have no counters of batches, and need none."""
+    """Loads everything except `fc`, which only `classifier` loads. Old files have no counters of batches, which is fine."""
     weights = {name: value for name, value in weights.items() if classifier or not name.startswith("fc.")}
     own = {n: v for n, v in encoder.state_dict().items() if n.endswith(COUNTER) and n not in weights}
     own |= {} if classifier else {n: v for n, v in encoder.state_dict().items() if n.startswith("fc.")}
@@ -318,33 +310,29 @@ def load_encoder(encoder: nn.Module, weights: dict, path: str | Path, *, classif
 
 
 def initialise(encoder: nn.Module, path: str) -> None:
-    """Starts an encoder from the weights in a file: everything but `fc`, and but a first convolution of another stem."""
+    """Starts an encoder from the weights in a file, except `fc` and a first convolution of another stem."""
     saved = load(path)
     weights, own = encoder_weights(saved, path), encoder.state_dict()
     left = [name for name in weights if name.startswith("fc.")]
-    size, here = tuple(weights["conv1.weight"].shape), tuple(own["conv1.weight"].shape)
-    other_stem = size != here and size[:2] == here[:2]
-    if other_stem:
+    (*channels, _, size), (*own_channels, _, own_size) = (each["conv1.weight"].shape for each in (weights, own))
+    if size != own_size and channels == own_channels:
         left.append("conv1.weight")
-        stem = "imagenet" if size[-1] == 7 else "cifar"
-    taken = {name: value for name, value in weights.items() if name not in left}
-    load_encoder(encoder, taken | ({"conv1.weight": own["conv1.weight"]} if other_stem else {}), path)
-    prefix = prefix_of_encoder(saved["state_dict"])
+    load_encoder(encoder, weights | {name: own[name] for name in left if name == "conv1.weight"}, path)
+    taken, prefix = len(weights) - len(left), prefix_of_encoder(saved["state_dict"])
     others = {name.removeprefix(PREFIX) for name in saved["state_dict"]}
     left += {f"{name.partition('.')[0]}.*" for name in others if not name.startswith(prefix)}
-    say(f"--init '{path}': {len(taken)} tensors taken" + (f"; not taken: {', '.join(sorted(left))}" if left else ""))
-    if other_stem:
-        size, here = ("x".join(map(str, shape[2:])) for shape in (size, here))
+    say(f"--init '{path}': {taken} tensors taken" + (f"; not taken: {', '.join(sorted(left))}" if left else ""))
+    if "conv1.weight" in left:
         say(
-            f"note: its first convolution is {size}, this network's is {here} and starts anew: --stem {stem} would take it"
+            f"note: its first convolution is {size}x{size}, this network's is {own_size}x{own_size} and starts anew: "
+            f"--stem {'imagenet' if size == 7 else 'cifar'} would take it"
         )
 
 
 def described(saved: dict, weights: dict, path: str | Path, arch: str | None = None) -> dict:
-    """What a checkpoint says of its encoder: arch, stem, image_size, mean, std. `arch`: what -a says, if anything.
+    """The arch, stem, image_size, mean and std of a checkpoint's encoder. `arch`: that of -a, if given.
 
-    Those that are not ours do not say: then arch is what has the shapes, stem and size are what the first layer suggests,
-    the statistics None.
+    For other programs' checkpoints the shapes give the arch, the first layer stem and size; mean and std are None.
     """
     options = saved["options"]
     stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"

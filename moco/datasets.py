@@ -1,12 +1,12 @@
-"""Where images come from: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
+"""The data sets: image folders, CIFAR-10 and CIFAR-100, the digits bundled with scikit-learn.
 
-Small images of one size live in memory, on the device that trains, as one uint8 tensor. Others stay in their files.
+Small images of one size are kept on the device that trains, as one uint8 tensor. Others stay in their files.
 """
 
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,19 +30,20 @@ STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "digits": ((0.3054,) * 3, (0.3753,) * 3),
 }
-SPLITS = ("train", "val", "test")  # folders of an image folder; val/ or test/ alone can be evaluated
-VALIDATION_DIGITS = 360  # the last of the 1,797: other writers than the first ones
-# Suffixes of pictures that torchvision's image folders do not take.
+SPLITS = ("train", "val", "test")  # folders of an image folder; only val/ or test/ is enough for evaluation
+VALIDATION_DIGITS = 360  # the last of the 1,797, by other writers than the first ones
+# Suffixes of pictures that torchvision's image folders do not read.
 OTHER_PICTURES = {".gif", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".svg"}
 LARGEST_SIDE = 96  # images up to this size are kept in memory ...
-LARGEST_DATASET = 8 << 30  # ... as long as all of them take fewer bytes than this
+LARGEST_DATASET = 4 << 30  # ... as long as together they take no more bytes than this
 
 
 @dataclass
 class Split:
     """The training or the validation images.
 
-    labels: (N,) int64 on the CPU, -1 for an image without one. Either images: (N, 3, H, W) uint8 on the device, or paths: their N files.
+    labels: (N,) int64 on the CPU, -1 for an image without one. images: (N, 3, H, W) uint8 on the device, or None;
+    then paths: their N files, as str or bytes.
     """
 
     labels: torch.Tensor
@@ -54,12 +55,12 @@ class Split:
         return len(self.labels)
 
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
-        """(n,) int64: the rows that a slice takes of each class, in their order; unlabelled images are left out."""
+        """(n,) int64: the rows that a slice selects within each class, sorted. Unlabelled images are left out."""
         each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
         return torch.cat(each).sort().values
 
     def of_each_class(self, part: slice, unlabelled: bool = False) -> "Split":
-        """The images that a slice takes of each class, in their order; `unlabelled`: and all that have no label."""
+        """The images that a slice selects within each class; with `unlabelled` also all that have no label."""
         kept = self.rows_of_each_class(part)
         if unlabelled:
             kept = torch.cat([kept, (self.labels == UNLABELLED).nonzero().squeeze(1)]).sort().values
@@ -72,7 +73,7 @@ class Split:
         return Split(self.labels[rows], self.classes, images, paths)
 
     def with_labels(self, count: int) -> "Split":
-        """All images; only the first `count` of each class have their label."""
+        """All images; only the first `count` of each class keep their label."""
         rows = self.rows_of_each_class(slice(count))
         labels = torch.full_like(self.labels, UNLABELLED)
         labels[rows] = self.labels[rows]
@@ -90,30 +91,13 @@ class Split:
     def pillow(self, index: int) -> Image.Image:
         """Image `index`, in RGB."""
         if self.paths is not None:
-            return open_image(self.paths[index])
+            return open_image(os.fsdecode(self.paths[index]))
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
 
-class PathArray(Sequence):
-    """Paths in one byte array that forked workers share; they would copy a list of strings bit by bit."""
-
-    def __init__(self, paths: Sequence[str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self.ends = np.cumsum([0, *map(len, encoded)])
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
-
-
 def resolve(name: str, folder: str | None) -> str:
-    """The data set that a name, perhaps "auto", stands for, after a look at the folder."""
-    if name == "digits":
-        return name
-    if folder is None:
+    """The data set's name; "auto" becomes what the folder contains. UsageError: it cannot be told."""
+    if name != "digits" and folder is None:
         raise UsageError("name the data folder, the last argument (or use --dataset digits, which needs none)")
     if name != "auto":
         return name
@@ -121,10 +105,10 @@ def resolve(name: str, folder: str | None) -> str:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"data folder '{folder}' {what} (to download CIFAR-10 to it, add --dataset cifar10)")
-    if not (names := candidates(folder)):  # it is not ours to download to
+    if not (names := candidates(folder)):  # nothing is downloaded to a folder with other files
         raise UsageError(
-            f"'{folder}' has no train/ folder and is neither empty nor CIFAR-10's: name the folder that holds train/ "
-            "and val/, or an empty one to download CIFAR-10 to"
+            f"'{folder}' has no train/ folder and is neither empty nor CIFAR-10's: name the folder that contains "
+            "train/ and val/, or an empty one to download CIFAR-10 to"
         )
     return names[0]
 
@@ -160,14 +144,14 @@ def load(
 
     Args:
         name: "imagefolder", "cifar10", "cifar100" or "digits". folder: where it is.
-        holdout: number of training images of each class, the last ones, that are for validation instead.
-        per_class: number of training images of each class to use, the first ones.
-        labels_per_class: number of these that keep their label; the others get -1.
+        holdout: the last N training images per class are for validation instead.
+        per_class: use only the first N training images per class.
+        labels_per_class: only the first N of these keep their label; the others get -1.
         unlabelled: also train on an image folder's unlabelled/, with label -1.
         in_memory: keep small images of one size on the device, as a tensor.
-        classes: of an image folder without train/; None: its own class folders.
+        classes: the classes of an image folder without train/; None: its own class folders.
     """
-    source = train or holdout > 0  # is it cut from the training images?
+    source = train or holdout > 0  # whether the split is part of the training images
     if name == "digits":
         split = digits(source)
     elif name == "imagefolder":
@@ -184,20 +168,10 @@ def load(
     if train and labels_per_class is not None:
         split = split.with_labels(labels_per_class)
     if in_memory and split.paths is not None:
-        split.images = decode(split.paths, "train" if source else "val")
+        split.images = decode(split.paths)
     if in_memory and split.images is not None:
-        if split.paths is not None and not fits(split.images.nbytes, torch.device(device)):
-            split.images = None  # they stay in their files
-        else:
-            split.images = split.images.to(device)
+        split.images = split.images.to(device)
     return split
-
-
-def fits(size: int, device: torch.device) -> bool:
-    """Whether this many bytes take at most half of the device's free memory, on every process."""
-    if device.type != "cuda":
-        return True
-    return distributed.total(size > torch.cuda.mem_get_info(device)[0] // 2, device) == 0
 
 
 def digits(train: bool) -> Split:
@@ -210,37 +184,33 @@ def digits(train: bool) -> Split:
 
 
 def cifar(name: str, folder: str, train: bool) -> Split:
-    """What is missing is downloaded by rank 0, then by the first process of each machine that lacks it still."""
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    patience = socket.getdefaulttimeout()
+    """If it is missing, rank 0 downloads it, then the first process of each machine that still lacks it."""
+    kind, title = dict(cifar10=(datasets.CIFAR10, "CIFAR-10"), cifar100=(datasets.CIFAR100, "CIFAR-100"))[name]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
     try:
         for mine in (distributed.rank() == 0, distributed.local_rank == 0):
             if mine:
-                try:
-                    kind(folder, train)
-                except RuntimeError:  # not there, or not whole
-                    socket.setdefaulttimeout(30)
-                    kind(folder, train, download=True)
+                kind(folder, train, download=True)  # only if it is not there
             distributed.barrier()
         data = kind(folder, train)
     except Exception as error:  # the many ways in which a download or an archive can fail
         if distributed.lost_connection(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        title = "CIFAR-10" if name == "cifar10" else "CIFAR-100"
         raise RunError(
-            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}",
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}"
         ) from None
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Split(torch.tensor(data.targets), data.classes, images)
 
 
 def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on: list[str] | None = None) -> Split:
-    """FOLDER/train, or FOLDER/val or FOLDER/test; one folder a class. With `unlabelled` FOLDER/unlabelled, too.
+    """FOLDER/train, or FOLDER/val or FOLDER/test, with one folder per class; `unlabelled` adds FOLDER/unlabelled.
 
-    `trained_on`: the classes, where there is no train/ folder to say them; some of them may have no image.
+    `trained_on`: the classes if there is no train/ folder; some of them may have no image.
     """
     if train:
         root = Path(folder, "train")
@@ -249,67 +219,50 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     else:
         root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
         if root is None:
-            raise UsageError(f"'{folder}' has no validation images: neither val/ nor test/ is there")
-    classes = here = class_folders(root)
+            raise UsageError(f"'{folder}' has no validation images: it has neither val/ nor test/")
+    classes = found = class_folders(root)
     if not train and Path(folder, "train").is_dir():
-        if missing := set(here) ^ set(class_folders(Path(folder, "train"))):
+        if missing := set(found) ^ set(class_folders(Path(folder, "train"))):
             raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
     elif trained_on:
         classes = trained_on
-        if missing := set(here) - set(classes):
+        if missing := set(found) - set(classes):
             raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing))}")
-    paths, labels, skipped = [], [], Counter()
-    for name in here:
-        found = sorted(images_below(root / name, skipped))
-        if not found:
-            raise UsageError(f"class folder '{root / name}' holds no image ({' '.join(IMG_EXTENSIONS)})")
-        paths += found
-        labels += [classes.index(name)] * len(found)
+    skipped = Counter()
+    images = [(path, classes.index(name)) for name in found for path in images_below(root / name, skipped)]
     announce(skipped, root)
     if unlabelled and Path(folder, "unlabelled").is_dir():
-        found = images_without_label(folder, paths)
-        paths += found
-        labels += [UNLABELLED] * len(found)
+        images += [(path, UNLABELLED) for path in images_without_label(folder, [path for path, _ in images])]
+    paths, labels = zip(*images, strict=True)
     return Split(torch.tensor(labels), classes, paths=paths)
 
 
 def images_without_label(folder: str, train: list[str]) -> list[str]:
-    """Paths of the images in FOLDER/unlabelled and below it; UsageError if one is among those of `train`."""
-    root = os.path.join(folder, "unlabelled")
-    skipped = Counter()
-    found = sorted(images_below(os.path.join(root, ""), skipped))
+    """Paths of the images in FOLDER/unlabelled and below it; UsageError if one is a file of `train`, or a link to it."""
+    root, skipped = os.path.join(folder, "unlabelled", ""), Counter()
+    found = images_below(root, skipped)
     announce(skipped, root)
-    if not found:
-        raise UsageError(f"'{root}' holds no image ({' '.join(IMG_EXTENSIONS)})")
-    labelled = {identity(path): path for path in train}
+    labelled = {os.path.realpath(path): path for path in train}
     for path in found:
-        if same := labelled.get(identity(path)):
+        if same := labelled.get(os.path.realpath(path)):
             raise UsageError(f"'{path}' is the same file as '{same}': unlabelled/ and train/ must not share images")
     return found
-
-
-def identity(path: str) -> tuple[int, int] | str:
-    """The same for two names of one file, links included."""
-    try:
-        status = os.stat(path)
-    except OSError:  # opening it will report what is wrong
-        return path
-    return status.st_dev, status.st_ino
 
 
 def class_folders(root: Path) -> list[str]:
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UsageError(f"'{root}' holds no class folders")
+        raise UsageError(f"'{root}' contains no class folders")
     return names
 
 
-def images_below(root: str | Path, skipped: Counter | None = None) -> Iterator[str]:
-    """Paths of the images in a class folder and below it. `skipped` counts the suffixes of other pictures.
+def images_below(root: str | Path, skipped: Counter) -> list[str]:
+    """Sorted paths of the images in a class folder and below it; UsageError: there are none.
 
-    Links to folders inside the split or around it are not followed: they would repeat images, or never end.
+    `skipped` counts the suffixes of other pictures. Links to folders inside the split or around it are not followed:
+    they would repeat images, or never end.
     """
-    split, seen = os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
+    images, split, seen = [], os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
     for folder, inside, files in os.walk(root, followlinks=True):
         followed = []
         for path in (os.path.join(folder, name) for name in sorted(inside)):
@@ -319,13 +272,15 @@ def images_below(root: str | Path, skipped: Counter | None = None) -> Iterator[s
                 followed.append(os.path.basename(path))
                 seen.add(real)
         inside[:] = followed
-        yield from (os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS))
-        if skipped is not None:
-            skipped.update(suffix for name in files if (suffix := os.path.splitext(name)[1].lower()) in OTHER_PICTURES)
+        images += [os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        skipped.update(suffix for name in files if (suffix := os.path.splitext(name)[1].lower()) in OTHER_PICTURES)
+    if not images:
+        raise UsageError(f"'{root}' contains no images ({' '.join(IMG_EXTENSIONS)})")
+    return sorted(images)
 
 
 def announce(skipped: Counter, root: str | Path) -> None:
-    """A note on the pictures that `images_below` has counted and not taken."""
+    """Prints a note on the pictures that `images_below` has counted and skipped."""
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
         say(f"note: skipped in '{root}': {kinds} (convert them to one of {' '.join(IMG_EXTENSIONS)})")
@@ -334,7 +289,7 @@ def announce(skipped: Counter, root: str | Path) -> None:
 def open_image(path: str) -> Image.Image:
     """A PIL image in RGB; RunError names a file that cannot be read.
 
-    Of an animation it is the first frame. EXIF orientation is not applied, as in torchvision: published encoders were
+    An animation gives its first frame. EXIF orientation is not applied, as in torchvision: published encoders were
     trained on the pixels as they are stored.
     """
     try:
@@ -357,8 +312,8 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(paths: list[str], title: str) -> torch.Tensor | None:
-    """(N, 3, H, W) uint8, or None if the images are large or differ in size: then they stay in their files."""
+def decode(paths: Sequence[str]) -> torch.Tensor | None:
+    """(N, 3, H, W) uint8; None if the images are large or differ in size, and so stay in their files."""
     width, height = open_image(paths[0]).size
     if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
         return None
@@ -366,16 +321,13 @@ def decode(paths: list[str], title: str) -> torch.Tensor | None:
 
     def read(i):
         image = open_image(paths[i])
-        if image.size != (width, height):
-            return False
-        images[i] = image
-        return True
+        same = image.size == (width, height)
+        if same:
+            images[i] = image
+        return same
 
+    # disable=None: a bar only on a terminal. `all` ends at the first image of another size, which cancels the rest.
+    bar = dict(desc="reading", unit="image", leave=False, disable=distributed.rank() > 0 or None)
     with ThreadPoolExecutor(min(16, distributed.cores())) as pool:
-        done = pool.map(read, range(len(paths)))
-        quiet = None if distributed.rank() == 0 else True  # None: a bar only on a terminal
-        for same in tqdm(done, f"reading {title}/", len(paths), disable=quiet, leave=False, unit="image"):
-            if not same:
-                pool.shutdown(cancel_futures=True)
-                return None
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        same = all(tqdm(pool.map(read, range(len(paths))), total=len(paths), **bar))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() if same else None

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# Names that differ between releases of PyTorch; the older ones warn in the newer ones.
+# Names that differ between PyTorch releases; the old ones cause warnings in new releases.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 SYNC_BUFFERS = "forward_sync_buffers" if newer else "broadcast_buffers"
@@ -26,12 +26,12 @@ def world_size() -> int:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its gradients averaged over the processes, each of which keeps its own running statistics."""
+    """Averages the model's gradients over the processes; each keeps its own running statistics."""
     if world_size() == 1:
         return model
     buffers = {SYNC_BUFFERS: False}
@@ -50,7 +50,7 @@ def all_gather(x: Tensor) -> Tensor:
 def gather_keys_and_labels(k: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(n, C) float32 keys and (n,) int64 labels on each process -> those of all, in rank order, without gradient.
 
-    Each label is packed into two float32 columns beside its key: one gather a step.
+    Each int64 label is packed into two float32 columns next to its key: one gather per step.
     """
     if world_size() == 1:
         return k, labels
@@ -59,10 +59,10 @@ def gather_keys_and_labels(k: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_gradient(gathered: Tensor, mine: Tensor) -> Tensor:
-    """`gathered` (world_size * n, ...) with this process's rows as they are in `mine`, which carries gradient.
+    """`gathered` (world_size * n, ...) with this process's rows replaced by `mine`, which has a gradient.
 
-    The backward pass needs no collective: each process differentiates the loss by its own rows.
-    (torch.distributed.nn.functional.all_gather would sum the gradients of all processes in a second one.)
+    The backward pass needs no collective: each process differentiates the loss with respect to its own rows.
+    (torch.distributed.nn.functional.all_gather would sum all processes' gradients in another collective.)
     """
     if world_size() == 1:
         return mine
@@ -76,15 +76,10 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor over the processes, on each of them, written into x."""
+    """The sum of a tensor over the processes, on each of them (written into x)."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def total(value: float, device: torch.device) -> float:
-    """The sum of a number over the processes."""
-    return all_sum(torch.tensor(value, dtype=torch.float64, device=device)).item()
 
 
 def broadcast(x: Tensor) -> Tensor:
@@ -95,20 +90,19 @@ def broadcast(x: Tensor) -> Tensor:
 
 
 def my_rows(x: Tensor) -> Tensor:
-    """This process's equal share of the rows of a tensor that every process holds."""
-    share = len(x) // world_size()
-    return x[rank() * share : (rank() + 1) * share]
+    """This process's share of the rows of a tensor that every process has; all shares are equal, if possible."""
+    return x.tensor_split(world_size())[rank()]
 
 
 def shuffle_images(images: Tensor, order: Tensor) -> Tensor:
-    """MoCo's gathered shuffle: row j of the result is global row order[j]; each process gets its share of rows."""
+    """MoCo's shuffle by gathering: global row j of the result is global row order[j] of the images."""
     return all_gather(images)[my_rows(order)]
 
 
 class Shuffle:
-    """The shuffle of Shuffling BN: row j of the global batch becomes the old row orders[step, j].
+    """The shuffle of Shuffling BN: global row j of the result is global row orders[step, j] of the input.
 
-    Each row goes straight from the process that has it to the one that needs it, in one collective a step.
+    Each row goes directly from the process that has it to the one that needs it, in one collective per step.
 
     Args:
         orders: (steps, B) int64 on the CPU, permutations.
@@ -146,7 +140,7 @@ def barrier() -> None:
 
 
 def lost_connection(error: Exception) -> bool:
-    """Is this how a collective fails when another process is gone?"""
+    """Whether a collective failed because another process is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         dist.is_initialized() and any(word in text for word in ("gloo", "Connection", "NCCL", "Timed out"))

@@ -1,9 +1,7 @@
-"""What a user reads: lines on stdout from rank 0, and errors that can be fixed, one line on stderr, no traceback."""
+"""What a user reads: lines on stdout from rank 0, and errors as one line on stderr, without a traceback."""
 
 import os
 import sys
-
-from tqdm import tqdm
 
 from moco import distributed
 
@@ -28,10 +26,9 @@ def say(text: str) -> None:
         return
     try:
         encoding = sys.stdout.encoding or "utf-8"
-        tqdm.write(text.encode(encoding, "replace").decode(encoding))  # names of classes and files can be anything
-        sys.stdout.flush()
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)  # class and file names can be anything
     except OSError as error:
-        # What is still buffered must go somewhere when the interpreter ends.
+        # The interpreter flushes the buffer when it ends: to nowhere, without another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise RunError(f"stdout cannot be written: {error.strerror}") from None
 

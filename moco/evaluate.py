@@ -15,14 +15,14 @@ from moco import augment, distributed
 from moco.batches import Centres
 from moco.datasets import Split
 
-LARGEST_CONFUSION = 1000  # classes of a confusion matrix: its size is their square, and every checkpoint has it
-QUERIES = 1000  # of the kNN vote at a time
-FULL_BYTES = 1 << 30  # of a bank in float32: a larger one is kept in float16
-PART_BYTES = 256 << 20  # of the bank in float32 and of its similarities at a time
+LARGEST_CONFUSION = 1000  # classes in a confusion matrix: its size is their square, and every checkpoint has it
+QUERIES = 1000  # queries per kNN vote
+FULL_BYTES = 1 << 30  # the largest bank in float32: a larger one is kept in float16
+PART_BYTES = 256 << 20  # a part of the bank in float32 with its similarities
 
 
 def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """How many of the labels (N,) are among the k highest of the scores (N, classes), for each k: (len(ks),) int64."""
+    """(len(ks),) int64: for each k, how many of the labels (N,) are among the k highest scores (N, classes)."""
     best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     return torch.stack([hits[:, :k].any(1).sum() for k in ks])
@@ -32,14 +32,14 @@ def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 def accuracy(
     network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: int
 ) -> tuple[float, float, Tensor, Tensor | None]:
-    """Top-1 and top-5 in percent of a network that gives scores (N, classes), each class's, and the confusion matrix.
+    """Top-1 and top-5 accuracy of a network that gives scores (N, classes), counts per class, the confusion matrix.
 
     Args:
-        batches: this process's inputs and their labels (N,); every process has as many, some may be empty.
+        batches: this process's inputs and their labels (N,). Every process has equally many; some may be empty.
     Returns:
-        top-1; top-5; (2, classes) int64 on the CPU: how many images of each class are right at top-1, and how many there
-        are; (classes, classes) int64 on the CPU: how many of class i have their highest score at class j, or None
-        where there are more than LARGEST_CONFUSION classes.
+        top-1 and top-5 in percent; (2, classes) int64 on the CPU: per class the images that are right at top-1, and all
+        images; (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j, or
+        None for more than LARGEST_CONFUSION classes.
     """
     hits = counts = pairs = 0
     for inputs, labels in batches:
@@ -56,16 +56,10 @@ def accuracy(
     return top1, top5, counts.cpu(), confusion
 
 
-def worst_classes(counts: Tensor, classes: Sequence[str], count: int = 3) -> str:
-    """The classes of lowest top-1 accuracy, as a line; `counts`: see `accuracy`; a class without images is left out."""
-    rates = [(100 * right / all, name) for right, all, name in zip(*counts.tolist(), classes, strict=True) if all]
-    return "worst classes: " + ", ".join(f"{name} {rate:.1f}" for rate, name in sorted(rates)[:count])
-
-
 def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
-    """A copy of an encoder for fast inference: eval mode, batch norm folded into the convolutions, no `fc`.
+    """A copy of an encoder for fast inference: in eval mode, batch norm folded into the convolutions, without `fc`.
 
-    (N, 3, H, W) -> (N, width), or with `keep_fc` what `fc` makes of it.
+    (N, 3, H, W) -> (N, width), or with `keep_fc` the output of `fc`.
     """
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
     if not keep_fc:
@@ -94,7 +88,7 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, width) and labels (N,) of a split, in its order, on every process.
 
-    Features are float32, or float16 where float32 would take more than `full_bytes`.
+    Features are float32, or float16 if float32 would take more than `full_bytes`.
     """
     device, processes = next(encoder.parameters()).device, distributed.world_size()
     batches, features = Centres(split, centre, batch_size, device, workers), None
@@ -104,7 +98,7 @@ def extract(
             dtype = torch.float16 if 4 * len(split) * mine.shape[1] > full_bytes else torch.float32
             features = mine.new_empty(len(split), mine.shape[1], dtype=dtype)
         mine = mine.to(features.dtype)
-        # Process r has rows r, r + processes, ...: equal shares are gathered, then interleaved.
+        # Process r has rows r, r + processes, ...: gather equal shares, then interleave them.
         place = features[i * batches.batch * processes : (i + 1) * batches.batch * processes]
         mine = F.pad(mine, (0, 0, 0, -(-len(place) // processes) - len(mine)))
         both = distributed.all_gather(mine).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 1)
@@ -126,8 +120,8 @@ def knn(
     """Top-1 accuracy in percent of the weighted nearest-neighbour vote (Wu et al., arXiv:1805.01978, section 3.4).
 
     The k training features most similar to a validation feature vote for their labels with weight
-    exp(similarity / temperature); images without a label have no vote. Features are those of the frozen encoder
-    without its head, in half precision where there are many.
+    exp(similarity / temperature); images without a label do not vote. Features are those of the frozen encoder
+    without its head, in half precision if there are many.
     """
     encoder, train, classes = frozen(encoder), train.labelled(), len(train.classes)
     bank, bank_labels = extract(encoder, train, centre, batch_size, workers, FULL_BYTES)
@@ -140,9 +134,9 @@ def knn(
 
 
 def vote(query: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temperature: float) -> Tensor:
-    """The label (N,) that the k nearest of the bank give to each query (N, width) float32.
+    """The label (N,) for which the k nearest features of the bank vote, for each query (N, width) float32.
 
-    A part of the bank at a time is made float32, compared, and its k nearest are kept with those of the parts before.
+    The bank is compared in parts, in float32; the k nearest of the parts so far are kept.
     """
     similarity, nearest = query.new_empty(len(query), 0), labels.new_empty(len(query), 0)
     rows = max(1, PART_BYTES // (4 * (len(query) + bank.shape[1])))
@@ -153,43 +147,3 @@ def vote(query: Tensor, bank: Tensor, labels: Tensor, classes: int, k: int, temp
         nearest = nearest.gather(1, index)
     votes = query.new_zeros(len(query), classes)
     return votes.scatter_add_(1, nearest, (similarity / temperature).exp()).argmax(1)
-
-
-@torch.no_grad()
-def retrieval(features: Tensor, labels: Tensor) -> tuple[float, float, float] | None:
-    """Recall@1, recall@5 and MAP@R in percent, of each image among all others (Musgrave et al., arXiv:2003.08505).
-
-    Recall@k: is an image of the query's class among its k nearest? With R other images of its class,
-
-        MAP@R = (1/R) sum_{i=1..R} [the i-th nearest is of the class] (share of the class among the i nearest).
-
-    Means over the images of which there are others (R > 0); None if there are none.
-
-    Args:
-        features: (N, width) float32, L2-normalised. labels: (N,) int64, 0 or more.
-    """
-    others = labels.bincount()[labels] - 1
-    queries = others.nonzero().squeeze(1)
-    if not len(queries):
-        return None
-    sums = torch.zeros(3, dtype=torch.float64, device=features.device)
-    for rows in queries.split(max(1, PART_BYTES // (32 * len(labels)))):
-        similarity = features[rows] @ features.T
-        similarity.scatter_(1, rows[:, None], -math.inf)
-        wanted = others[rows, None]
-        nearest = similarity.topk(min(len(labels) - 1, max(5, int(wanted.max()))), dim=1).indices
-        hits = labels[nearest] == labels[rows, None]
-        ranks = torch.arange(1, nearest.shape[1] + 1, device=features.device)
-        precision = hits.cumsum(1) / ranks
-        map_at_r = ((precision * (hits & (ranks <= wanted))).sum(1, keepdim=True) / wanted).sum()
-        sums += torch.stack([hits[:, 0].sum(), hits[:, :5].any(1).sum(), map_at_r])
-    return tuple((100 * sums / len(queries)).tolist())
-
-
-def knn_bytes(images: int, queries: int, width: int, classes: int) -> int:
-    """Bytes that `knn` holds at most on each process, besides the network and its batches.
-
-    These are both banks with their labels, a part of the bank with its similarities, and the votes.
-    """
-    banks = sum(number * width * (2 if 4 * number * width > FULL_BYTES else 4) for number in (images, queries))
-    return banks + (images + queries) * 8 + PART_BYTES + min(queries, QUERIES) * 4 * (width + classes)

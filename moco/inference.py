@@ -1,4 +1,4 @@
-"""From a checkpoint to a network that can be used: its weights, its preprocessing, its classes."""
+"""From a checkpoint to a network for inference, with its preprocessing and its classes."""
 
 from pathlib import Path
 
@@ -9,32 +9,31 @@ from moco import augment, checkpoint, datasets, encoders
 
 
 def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]:
-    """The network in a checkpoint, in eval mode on the CPU; the view of an image that it takes; its classes.
+    """The network in a checkpoint, in eval mode on the CPU; the view that it was evaluated on; its classes.
 
-    `fc` is the classifier of a linear evaluation, of cross entropy, or of a file of torchvision's or timm's; else the
-    identity (and there are no classes).
+    `fc` is the classifier of a linear evaluation, of cross entropy, or of torchvision's or timm's network; without one
+    it is the identity, and the classes are None.
     """
     saved = checkpoint.load(path)
     weights = checkpoint.encoder_weights(saved, path)
     known = checkpoint.described(saved, weights, path)
-    options = saved["options"]
-    whole = not checkpoint.prefix_of_encoder(saved["state_dict"])  # else fc is the projection head
+    options, classes = saved["options"], None
+    whole = not checkpoint.prefix_of_encoder(saved["state_dict"])  # else `fc` is the projection head
     classifier = "fc.weight" in weights and (whole or options.get("objective") == "CrossEntropy")
-    network = encoders.build(known["arch"], known["stem"])(num_classes=len(weights["fc.weight"]) if classifier else 1)
+    outputs = len(weights["fc.weight"]) if classifier else 1
+    network = encoders.build(known["arch"], known["stem"])(num_classes=outputs)
     checkpoint.load_encoder(network, weights, path, classifier=classifier)
-    classes = None
     if classifier:
-        classes = options.get("classes") or [str(label) for label in range(len(weights["fc.weight"]))]
+        classes = options.get("classes") or [str(label) for label in range(outputs)]
     else:
         network.fc = nn.Identity()
-    mean, std = datasets.IMAGENET if known["stem"] == "imagenet" else datasets.CIFAR10  # of one that does not say
-    # Cross entropy evaluates images as they are; kNN, where there is no evaluation yet, crops.
-    as_they_are = options.get("objective") == "CrossEntropy" or options.get("aug_crop")
-    crop = options.get("centre_crop", not as_they_are)
+    mean, std = datasets.IMAGENET if known["stem"] == "imagenet" else datasets.CIFAR10  # if the checkpoint does not say
+    # A linear evaluation says whether it crops; before one, only kNN crops.
+    crop = options.get("centre_crop", options.get("objective") != "CrossEntropy" and not options.get("aug_crop"))
     centre = augment.Centre(known["image_size"], known["mean"] or mean, known["std"] or std, crop)
     return network.eval(), centre, classes
 
 
 def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:
-    """(3, size, size) float32 of a PIL image of any size; ValueError: it has more than 8 bits a channel."""
+    """(3, size, size) float32 of a PIL image of any size; ValueError: it has more than 8 bits per channel."""
     return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image)))[None])[0]

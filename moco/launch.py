@@ -1,4 +1,4 @@
-"""Processes: torchrun's variables describe each, MoCo's options start some that have them; errors are one line."""
+"""Starts processes as MoCo's options say, or joins those of torchrun. Its variables describe a process; errors are one line."""
 
 import contextlib
 import logging
@@ -22,21 +22,21 @@ from moco.errors import WORKER_DIED, RunError, UsageError, one_line, say
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIST_URL = "tcp://localhost:10001"
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
-GRACE = 5  # seconds that the other processes have to leave when one has failed
+GRACE = 5  # seconds that the other processes have to exit after one has failed
 ADVICE = "--resume auto continues from the last checkpoint"
 
 
 class LostError(RunError):
-    """Another process is gone."""
+    """Another process has ended."""
 
 
 def launch(
     worker: Callable[[torch.device], None], *, gpu: int | None = None, dist_backend: str | None = None, **options
 ) -> None:
-    """Calls `worker(device)` in every process. An error is one line on stderr, and its exit status.
+    """Calls `worker(device)` in every process. An error is one line on stderr and its exit status.
 
-    Where the environment has all of VARIABLES, torchrun or scripts/slurm.sh has started this process. Otherwise the
-    options decide, see `plan`; a process that they start imports the worker.
+    If the environment has all of VARIABLES, torchrun or scripts/slurm.sh has started this process. Otherwise the
+    options say what to start, see `plan`; a started process imports the worker.
     """
     try:
         if all(name in os.environ for name in VARIABLES):
@@ -53,11 +53,8 @@ def launch(
 
 
 def inherited(environment: Mapping[str, str], **options) -> dict[str, str]:
-    """The variables of this process; a line names the options that they override."""
+    """The variables of this process. A note names the options that they override."""
     process = {name: environment[name] for name in VARIABLES}
-    for name in VARIABLES[:4]:
-        if not process[name].isdecimal():
-            raise UsageError(f"the environment variable {name} is '{process[name]}', not a whole number")
     unset = dict(multiprocessing_distributed=False, gpu=None, world_size=-1, rank=-1, dist_url=DIST_URL)
     given = [name for name in unset if options.get(name, unset[name]) != unset[name]]
     if given and process["RANK"] == "0":
@@ -78,9 +75,10 @@ def plan(
     """The variables of each process of this machine, or [{}] for a single process.
 
     As in MoCo, `world_size` and `rank` count machines. With `multiprocessing_distributed` a machine has one process
-    per GPU, of `gpus`; without, it has one.
+    per GPU, else one.
 
-    UsageError: impossible options, or a launcher started several processes that would each train alone.
+    Raises:
+        UsageError: impossible options, or a launcher has started several processes that would not find each other.
     """
     if "RANK" in environment and environment.get("WORLD_SIZE", "1") != "1":
         missing = ", ".join(name for name in VARIABLES if name not in environment)
@@ -103,7 +101,7 @@ def plan(
 
 
 def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]], backend: str | None) -> None:
-    """Starts the processes of this machine and passes on the signals that it gets; exits as the first that fails."""
+    """Starts the processes of this machine and passes signals on to them; exits with the status of the first to fail."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not "Terminating process"
     context = mp.start_processes(run, (worker, processes, backend), len(processes), join=False)
 
@@ -118,14 +116,14 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
         while not context.join(grace_period=GRACE):
             pass
     except mp.ProcessExitedException as error:
-        if error.signal_name is None:  # the process that failed has said why
+        if error.signal_name is None:  # the failed process has printed its error
             sys.exit(error.exit_code)
         text = f"process {error.error_index} of {len(processes)} was ended by {error.signal_name}; {ADVICE}"
         report_and_exit(RunError(text), processes[error.error_index] | dict(LOCAL_RANK="0"))
 
 
 def run(index: int, worker: Callable, processes: list[dict], backend: str | None, gpu: int | None = None) -> None:
-    """Calls the worker as the process of this index; joins the group first, if there are several."""
+    """Calls the worker in the process of this index, which first joins the group, if there are several."""
     process = processes[index]
     os.environ.update(process)
     world_size, on_node = int(process.get("WORLD_SIZE", 1)), int(process.get("LOCAL_WORLD_SIZE", 1))
@@ -162,7 +160,7 @@ def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def choose_device(gpu: int | None = None) -> torch.device:
-    """GPU `gpu`; without it the only GPU that this process sees, or that of its local rank; without any, the CPU."""
+    """GPU `gpu`; else the only visible GPU, or that of the local rank; without GPUs the CPU."""
     gpus, processes = torch.cuda.device_count(), distributed.processes_on_node
     if gpu is None and not gpus:
         return torch.device("cpu")
@@ -173,7 +171,7 @@ def choose_device(gpu: int | None = None) -> torch.device:
     device = torch.device("cuda", gpu if gpu is not None else distributed.local_rank if gpus > 1 else 0)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32 itself; bf16 is the fast one
+    torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means float32; bf16 is for speed
     return device
 
 
@@ -194,7 +192,7 @@ def leave_group() -> None:
 
 
 def explained(error: RuntimeError) -> RunError:
-    """The error as a user needs it. Raises the given one if it is a bug."""
+    """A one-line error for a known failure; any other is raised again, as a bug."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return RunError(f"out of memory: a smaller -b or --moco-k may fit ({lines[0]})")
@@ -207,10 +205,10 @@ def explained(error: RuntimeError) -> RunError:
 
 
 def report_and_exit(error: UsageError | RunError, process: Mapping[str, str] | None = None) -> NoReturn:
-    """One line on stderr, with rank and host where there are several processes, and the error's exit status.
+    """Exits with the error's status after one line on stderr, with rank and host if there are several processes.
 
-    The first process of a machine prints at once, and its launcher ends the others: one line, if all have the error.
-    Another process prints if it lives on; so does one that has lost another.
+    The first process of a machine prints at once, and its launcher ends the others before they print the same error.
+    Others, and those that have lost a process, print only if they are still alive seconds later.
     """
     text = one_line(error)
     if process and process["WORLD_SIZE"] != "1":
@@ -218,7 +216,7 @@ def report_and_exit(error: UsageError | RunError, process: Mapping[str, str] | N
         time.sleep((GRACE + 2) * (isinstance(error, LostError) + (process["LOCAL_RANK"] != "0")))
     print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        # A group whose processes go one by one can hang or abort while the interpreter is taken down.
+        # Without the normal exit: destroying the group while its processes end one by one can hang or abort.
         sys.stdout.flush()
         os._exit(error.status)
     sys.exit(error.status)

@@ -1,4 +1,4 @@
-"""The methods, one record each: model, options, views, learning rate, defaults. A new one is a class and a record."""
+"""The methods, one record each: model, options, views, learning rate, defaults. A new method is a class and a record."""
 
 import math
 from argparse import Namespace
@@ -21,12 +21,12 @@ Scores = Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> (N, classes)
 class Method:
     """What a pretraining script trains.
 
-    model: its class; `forward` returns the loss. build: makes one of a base encoder, the options and the number of
-    classes. add_options: adds the method's own options to a parser. defaults: of options that differ from MoCo's.
-    views: how many of an image. recipe: of each, without --aug-plus and its like. learning_rate: at a moment of the
-    run, in epochs. labels: does `forward` take labels? labels_only: does it need one for each image, and is it scored
-    by its own classifier after each epoch? shuffle_keys: see batches.Batches. classifier: the scores of the model, from
-    the model and its encoder, or None if it has no classifier.
+    model: its class; `forward` returns the loss. build: makes the model from its class, a base encoder, the options and
+    the number of classes. add_options: adds the method's own options to a parser. defaults: those that differ from
+    MoCo's. views: per image. recipe: of each view, without --aug-plus and the like. learning_rate: at a time of the
+    run, in epochs. labels: `forward` takes labels. labels_only: it needs a label for each image, and the model's own
+    classifier is evaluated after each epoch. shuffle_keys: see batches.Batches. classifier: makes the function from
+    images to scores, from the model and its encoder; None without a classifier.
     """
 
     model: type[nn.Module]
@@ -48,14 +48,14 @@ class Method:
         return [replace(recipe, size=args.image_size)] * self.views
 
     def inputs(self, views: Sequence[Tensor], labels: Tensor, order: Tensor | None) -> list[Tensor]:
-        """What the model's `forward` takes of a batch; see batches.Batches.epoch."""
+        """The arguments of the model's `forward`, from a batch of batches.Batches.epoch."""
         return [*views, *([labels] if self.labels else []), *([] if order is None else [order])]
 
 
 def moco_learning_rate(
     epoch: float, lr: float, epochs: int, warm_up: int, schedule: Sequence[int] | None = None
 ) -> float:
-    """MoCo's learning rate at a moment of the run, in epochs (one step into epoch 3 is 3 + 1 / steps).
+    """MoCo's learning rate at a time of the run, in epochs (one step into epoch 3 is 3 + 1 / steps).
 
     Linear from 0 to lr over the warm-up; then half a cosine from lr to 0 over the rest, or with a schedule lr divided
     by 10 at each of its epochs.
@@ -68,10 +68,11 @@ def moco_learning_rate(
 
 
 def supcon_learning_rate(epoch: float, lr: float, epochs: int, warm_up: int) -> float:
-    """The learning rate of SupContrast's authors, who count epochs from 1, at a moment of the run, in epochs.
+    """The learning rate of SupContrast's authors at a time of the run, in epochs.
 
-    Half a cosine from lr to lr / 1000 over all epochs, stepped once an epoch: epoch e of 0, 1, ... has its value at
-    e + 1. Over the warm-up instead linear, step by step, from 0.01 to the cosine's value at the warm-up's end.
+    Half a cosine from lr to lr / 1000 over all epochs, stepped once per epoch. They count epochs from 1: epoch e, from
+    0, has the cosine's value at e + 1. During the warm-up the rate is linear in the step, from 0.01 to the cosine's
+    value at the end of the warm-up.
     """
 
     def cosine(done):
@@ -91,10 +92,7 @@ def supcon_rate(epoch: float, args: Namespace) -> float:
 
 
 def with_queue(model: type[MoCo], **changes) -> Method:
-    """The record of a model with MoCo's constructor: its options, views and learning rate.
-
-    `changes`: other fields of Method.
-    """
+    """The record of a model with MoCo's constructor, options, views and learning rate. `changes`: other fields."""
     method = Method(model, build_moco, moco_rate, augment.PLAIN, shuffle_keys=True, add_options=moco_options)
     return replace(method, **changes)
 

@@ -1,30 +1,26 @@
-"""The command line, shared by every script. Names and defaults are the reference's; what is new has its own group."""
+"""The command line, shared by every script. Names and defaults are the reference's; new options have their own group."""
 
 import argparse
 import math
-import os
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
 
 from moco import augment, checkpoint, datasets, distributed
-from moco.errors import RunError, UsageError, one_line, say
+from moco.errors import UsageError, one_line, say
 from moco.launch import DIST_URL
 
-KEEP, TELL = "keep", "tell"  # what a resumed run does with an option: see Parser
-LARGEST = 2**31 - 1  # of a whole number
+KEEP, TELL = "keep", "tell"  # a resumed run keeps an option, or tells its change: see Parser
 SCHEDULE = [600, 800]  # of pretraining without --cos
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
 
-# Recipes of the linear evaluation: defaults of options, and what has no option (views of the training images, a
-# central crop of the validation images or all of them, the factor at each epoch of the schedule).
+# Recipes of the linear evaluation: defaults of options, and values without an option: training views, whether the
+# validation images are cropped, the factor for lr at each epoch of the schedule.
 LINEAR_RECIPES = {
     "moco": dict(batch_size=256, lr=30.0, schedule=[60, 80])
     | dict(train_views=augment.LINEAR, centre_crop=True, lr_decay=0.1),
@@ -34,7 +30,7 @@ LINEAR_RECIPES = {
 
 
 class Options(Namespace):
-    """The final value of every option: they no longer change."""
+    """The final value of every option, read-only."""
 
     def __init__(self, **values: object):
         self.__dict__.update(values)
@@ -44,22 +40,23 @@ class Options(Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose options say what a resumed run may do with them.
+    """An ArgumentParser with one-line errors; an option's declaration says whether a resumed run may change it.
 
     text: a description; --help shows its first line above the options, and the rest, as it is, below them.
-    when_resumed: for the options that matter, their flag, whether a resumed run must keep them (else a change is
-    announced), and their default, which holds for a checkpoint that is older than the option.
+    when_resumed: for each option that matters, its flag, whether a resumed run must keep it (else a change is
+    announced), and its default, for checkpoints from before the option existed. Parsed options have it, too.
     """
 
     def __init__(self, text: str):
         first, _, rest = text.partition("\n")
         super().__init__(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.when_resumed: dict[str, tuple[str, bool, object]] = {}
+        self.set_defaults(when_resumed=self.when_resumed)
 
     def adder(self, title: str | None = None, exclusive: bool = False) -> Callable[..., None]:
-        """As `add_argument`, of a group with this title, or one of options that exclude each other.
+        """An `add_argument` with the keyword `resumed` (KEEP or TELL), for a group with this title.
 
-        Its `resumed` may be KEEP or TELL.
+        `exclusive`: its options exclude each other.
         """
         group = self.add_argument_group(title) if title else self
         group = group.add_mutually_exclusive_group() if exclusive else group
@@ -72,51 +69,35 @@ class Parser(argparse.ArgumentParser):
 
         return add
 
-    def parse_args(self, args=None, namespace=None):
-        parsed = super().parse_args(args, namespace)
-        parsed.when_resumed = self.when_resumed
-        return parsed
-
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
-def number(
-    kind: type, low: float = -math.inf, high: float = math.inf, *, above: float | None = None
-) -> Callable[[str], int | float]:
-    """An argument type: an int or a float from `low` to `high`, or more than `above`."""
+def number(kind: type, what: str, allowed: Callable[[Any], bool] = math.isfinite) -> Callable[[str], int | float]:
+    """An argument type: a finite int or float for which `allowed` is true. `what`: the same in words."""
 
     def parse(text):
-        try:
-            value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):
-            value, finite = math.nan, False
-        if not (finite and low <= value <= high and (above is None or value > above)):
-            whole = "a whole number" if kind is int else "a number"
-            if above is not None:
-                limits = f" above {above:g}"
-            elif low == -math.inf:
-                limits = ""
-            elif high in (math.inf, LARGEST):
-                limits = f" of {low:g} or more{', in 32 bits' if high == LARGEST else ''}"
-            else:
-                limits = f" from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not {whole}{limits}")
-        return value
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(value := kind(text)) and allowed(value):
+                return value
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
 
     return parse
 
 
-positive_int, positive_float = number(int, 1, LARGEST), number(float, above=0)
-count, amount, fraction = number(int, 0, LARGEST), number(float, 0), number(float, 0, 1)
+positive_int = number(int, "a whole number of 1 or more, in 32 bits", lambda n: 1 <= n < 2**31)
+count = number(int, "a whole number of 0 or more, in 32 bits", lambda n: 0 <= n < 2**31)
+positive_float = number(float, "a number above 0", lambda x: x > 0)
+amount = number(float, "a number of 0 or more", lambda x: x >= 0)
+fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+side = number(int, "a whole number from 8 to 4096", lambda n: 8 <= n <= 4096)
 
 
 def pretrain_parser(
     description: str, add_options: Callable[[Parser], None] | None = None, defaults: Mapping[str, object] | None = None
 ) -> Parser:
-    """Options of the pretraining scripts; a method adds its own, and defaults that differ from MoCo's."""
+    """Options of the pretraining scripts. A method adds its own, and the defaults that differ from MoCo's."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
     add, add_views = parser.adder(), parser.adder(exclusive=True)
     add(
@@ -124,35 +105,33 @@ def pretrain_parser(
         action=argparse.BooleanOptionalAction,
         default=False,
         resumed=TELL,
-        help="cosine schedule from lr to 0, instead of --schedule",
+        help="cosine schedule from lr to 0 (replaces --schedule)",
     )
-    text = "epochs of linear warm-up; without a queue 10 for batches over 256, and none up to 256 (default: 5)"
+    text = "epochs of linear warm-up (default: 5; SupContrast and cross entropy: 10 for batches over 256, else 0)"
     add("--warm-up", resumed=TELL, type=count, default=5, metavar="N", help=text)
-    text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: those of the script's own recipe)"
+    text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: the script's own views)"
     add_views("--aug-plus", resumed=KEEP, action="store_true", help=text)
     add = parser.adder("beyond the reference")
-    text = "epochs between checkpoints that are kept; the last epoch always is (default: %(default)s)"
+    text = "epochs between checkpoints that are kept; the last one always is (default: %(default)s)"
     add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
-    text = "first layers of torchvision's ResNets (default: cifar up to 64 pixels, else imagenet)"
+    text = "first layers of torchvision's ResNets (default: cifar up to 64 pixels, imagenet beyond)"
     add("--stem", resumed=KEEP, choices=("cifar", "imagenet"), help=text)
     text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
     add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
-    text = "only the first N training images of each class keep their label; the others train unlabelled (default: all)"
+    text = "keep labels for only the first N images per class; the rest train without (default: all)"
     add("--labels-per-class", resumed=KEEP, type=count, metavar="N", help=text)
-    text = "epochs between two kNN evaluations of the encoder on the validation images (default: 0, never)"
+    text = "epochs between kNN evaluations on the validation images (default: 0, never)"
     add("--knn-freq", type=count, default=0, metavar="N", help=text)
-    text = "milder views than --aug-plus: crops of half the image or more, and flips; the colours stay"
+    text = "milder views than --aug-plus: crops of at least half the image, and flips; colours do not change"
     add_views("--aug-mild", resumed=KEEP, action="store_true", help=text)
-    text = (
-        "He et al.'s views: a random crop of the image padded by 4 pixels, and flips; images are evaluated as they are"
-    )
+    text = "He et al.'s views: random crops of the image padded by 4 pixels, and flips; evaluation does not crop"
     add_views("--aug-crop", resumed=KEEP, action="store_true", help=text)
     add("--nesterov", resumed=KEEP, action="store_true", help="Nesterov's momentum")
     add("--no-bias-decay", resumed=KEEP, action="store_true", help="no weight decay on biases and batch norm")
-    text = "also keep an average of the encoder's weights, with this decay a step, and evaluate it instead"
-    add("--ema", resumed=KEEP, type=number(float, 0, 1), metavar="DECAY", help=text)
+    text = "also keep an average of the encoder's weights, with this decay per step, and evaluate that"
+    add("--ema", resumed=KEEP, type=fraction, metavar="DECAY", help=text)
     text = (
-        "file to start the encoder from: of this project, MoCo, SupContrast, torchvision or timm (.pth, .safetensors)"
+        "start the encoder from this file of MoCo, SupContrast, torchvision, timm (.pth, .safetensors) or this project"
     )
     add("--init", metavar="PATH", help=text)
     if add_options:
@@ -163,11 +142,13 @@ def pretrain_parser(
 
 def linear_parser(description: str) -> Parser:
     """Options of main_lincls.py."""
-    recipe = linear_recipe()
+    early = Parser(add_help=False)  # --help shows the defaults of the recipe
+    early.add_argument("--recipe", choices=LINEAR_RECIPES, default="moco")
+    recipe = LINEAR_RECIPES[early.parse_known_args()[0].recipe]
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
     add = parser.adder()
     add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
-    text = "supcon: the evaluation of SupContrast's authors, batch 512, lr 5, its schedule and views (default: moco)"
+    text = "supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)"
     add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco", help=text)
     text = "only evaluate the classifier of --resume on the validation images"
     add("-e", "--evaluate", action="store_true", help=text)
@@ -175,27 +156,11 @@ def linear_parser(description: str) -> Parser:
     return parser
 
 
-def linear_recipe() -> dict[str, Any]:
-    """The defaults that --recipe stands for; --help needs them before the command line is parsed."""
-    early = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    early.add_argument("--recipe")
-    try:
-        return LINEAR_RECIPES[early.parse_known_args()[0].recipe or "moco"]
-    except (argparse.ArgumentError, KeyError):  # the real parser will report it
-        return LINEAR_RECIPES["moco"]
-
-
 def base_parser(description: str, epochs: int, lr: float, weight_decay: float, schedule: list[int]) -> Parser:
     """Options of every training script."""
     parser = Parser(description)
-    training_options(parser.adder(), epochs, lr, weight_decay, schedule)
-    process_options(parser.adder("processes"))
-    data_options(parser.adder("beyond the reference: data and speed"))
-    return parser
-
-
-def training_options(add: Callable, epochs: int, lr: float, weight_decay: float, schedule: Sequence[int]) -> None:
-    text = "folder with train/ and val/ (one folder a class), or where CIFAR is or is downloaded to"
+    add = parser.adder()
+    text = "image folder (train/ and val/, one folder per class), or the directory with CIFAR (downloaded if absent)"
     add("data", nargs="?", metavar="DIR", help=text)
     text = (
         "resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or --pretrained, "
@@ -213,7 +178,7 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
         help="total epochs (default: %(default)s)",
     )
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
-    text = "over all processes of all machines (default: %(default)s)"
+    text = "global batch, over all processes of all machines (default: %(default)s)"
     add("-b", "--batch-size", resumed=KEEP, type=positive_int, default=256, metavar="N", help=text)
     add(
         "--lr",
@@ -221,22 +186,21 @@ def training_options(add: Callable, epochs: int, lr: float, weight_decay: float,
         resumed=TELL,
         type=amount,
         default=lr,
-        help="at this batch size (default: %(default)s)",
+        help="learning rate; never rescaled with the batch (default: %(default)s)",
     )
     text = f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})"
     add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
     add("--momentum", resumed=TELL, type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
     decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")
     add("--wd", "--weight-decay", resumed=TELL, **decay, help="weight decay (default: %(default)s)")
-    text = "steps between two log lines (default: %(default)s)"
+    text = "steps between log lines (default: %(default)s)"
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help=text)
-    text = "checkpoint to continue from; auto: the last one in --output-dir, if there is one"
+    text = "checkpoint to continue from; auto: the last one in --output-dir, if any"
     add("--resume", metavar="PATH", help=text)
     add("--seed", resumed=KEEP, type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
-
-def process_options(add: Callable) -> None:
-    text = "one process per visible GPU (under torchrun or scripts/slurm.sh ignored, as are the next four options)"
+    add = parser.adder("processes")
+    text = "one process per visible GPU (ignored under torchrun and scripts/slurm.sh, like the next four options)"
     add("--multiprocessing-distributed", action="store_true", help=text)
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
     add("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
@@ -245,8 +209,7 @@ def process_options(add: Callable) -> None:
     add("--dist-url", default=DIST_URL, metavar="tcp://HOST:PORT", help=text)
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
-
-def data_options(add: Callable) -> None:
+    add = parser.adder("beyond the reference: data and speed")
     text = "folder for checkpoints, log.csv and tensorboard/ (default: the current folder)"
     add("--output-dir", default=".", metavar="DIR", help=text)
     text = (
@@ -254,56 +217,21 @@ def data_options(add: Callable) -> None:
         "digits needs no DIR (default: auto)"
     )
     add("--dataset", resumed=KEEP, choices=DATASETS, default="auto", help=text)
-    text = "only the first N training images of each class"
+    text = "use only the first N training images per class"
     add("--per-class", resumed=KEEP, type=positive_int, metavar="N", help=text)
-    text = "validate on the last N training images of each class instead of training on them, to choose options"
+    text = "validate on the last N training images per class instead of training on them, to choose options"
     add("--holdout", resumed=KEEP, type=count, default=0, metavar="N", help=text)
     text = "side of the views (default: 32; for main_lincls.py the checkpoint's)"
-    add("--image-size", resumed=KEEP, type=number(int, 8, 4096), default=32, metavar="PIXELS", help=text)
+    add("--image-size", resumed=KEEP, type=side, default=32, metavar="PIXELS", help=text)
     rgb = dict(nargs=3, metavar=("R", "G", "B"))
     text = "pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else ImageNet's)"
-    add("--mean", resumed=KEEP, type=number(float), **rgb, help=text)
-    add("--std", resumed=KEEP, type=positive_float, **rgb, help="pixel standard deviation, likewise")
+    add("--mean", resumed=KEEP, type=number(float, "a number"), **rgb, help=text)
+    add("--std", resumed=KEEP, type=positive_float, **rgb, help="pixel standard deviation (same defaults)")
     text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32"
     add("--precision", resumed=TELL, choices=("bf16", "fp32"), help=text)
     text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
     add("--compile", action=argparse.BooleanOptionalAction, help=text)
-
-
-def check_output(path: Path, force: bool, suffixes: Collection[str] = ()) -> None:
-    """A program's output can be written, tried before the work; it has one of the suffixes, where some are named.
-
-    Raises:
-        UsageError: it exists or is a folder, its folder does not exist, or it has another suffix. RunError: a full or
-            read-only disk.
-    """
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"unknown suffix of '{path}': it is one of {', '.join(sorted(suffixes))}")
-    if path.exists() and not (force and path.is_file()):
-        how = "choose another name, or add --force" if path.is_file() else "it is not a file"
-        raise UsageError(f"'{path}' exists: {how}")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder '{path.parent}' for '{path.name}'")
-    with writing(path), tempfile.TemporaryFile(dir=path.parent) as file:
-        file.write(bytes(4096))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path`; what is there in the end gets its name. RunError: the disk refuses.
-
-    After any error nothing is left behind, and what `path` was before is intact.
-    """
-    tmp = path.with_name(f".{os.getpid()}{path.name}")
-    try:
-        yield tmp
-        if tmp.exists():
-            os.replace(tmp, path)
-    except OSError as error:
-        raise RunError(f"'{path}' cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
+    return parser
 
 
 def launching(args: Namespace) -> dict:
@@ -313,7 +241,7 @@ def launching(args: Namespace) -> dict:
 
 
 def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict) -> Namespace:
-    """The final value of every option of a pretraining script; `saved`: the options of the checkpoint to resume."""
+    """The resolved options of a pretraining script. `saved`: the options of the checkpoint to resume, or {}."""
     args = resolve(args, device)
     if args.init and not saved:
         weights = checkpoint.encoder_weights(start := checkpoint.load(args.init), args.init)
@@ -336,7 +264,7 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
 
 
 def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, weights: dict) -> Namespace:
-    """Likewise of main_lincls.py. What the command line leaves open is the checkpoint's: `saved`, from `source`."""
+    """The resolved options of main_lincls.py. What is not given comes from the checkpoint `saved`, read from `source`."""
     args, theirs = Namespace(**vars(args)), saved["options"]
     known = checkpoint.described(saved, weights, source, args.arch)
     if args.arch and saved.get("arch") and args.arch != saved["arch"]:
@@ -345,7 +273,7 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     args.image_size = args.image_size or known["image_size"]
     if theirs.get("aug_crop"):
         args.train_views, args.centre_crop = augment.PADDED, False
-    mean, std = datasets.IMAGENET if args.stem == "imagenet" else (None, None)  # of a checkpoint that is not ours
+    mean, std = datasets.IMAGENET if args.stem == "imagenet" else (None, None)  # if the checkpoint does not say
     args.mean, args.std = args.mean or known["mean"] or mean, args.std or known["std"] or std
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
@@ -359,14 +287,14 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
 
 
 def resolve(args: Namespace, device: torch.device) -> Namespace:
-    """What depends on the data set, the device and the processes, for every script."""
+    """Resolves, for every script, what depends on the data set, the device and the processes."""
     args = Namespace(**vars(args))
     if args.batch_size % distributed.world_size():
         raise UsageError(f"-b {args.batch_size} cannot be shared equally by {distributed.world_size()} processes")
     if (nodes := distributed.nodes) > 1:
         say(
-            f"note: -b {args.batch_size} is the global batch, of all {nodes} nodes together; MoCo's -b counts per node "
-            f"(its -b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} here)"
+            f"note: -b {args.batch_size} is the global batch, over all {nodes} nodes; MoCo's -b is per node (its "
+            f"-b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} in this project)"
         )
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
@@ -379,16 +307,16 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
 
 
 def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
-    """The final options, with what is known when the training images are. `steps`: of an epoch.
+    """The final options, with what depends on the training images. `steps`: per epoch.
 
-    By default a run of 15,000 steps on a GPU is compiled: that takes a minute or two, which such a run earns back.
+    By default runs of 15,000 steps or more on a GPU are compiled: that takes a minute or two, and pays off there.
     """
     compiled = device.type == "cuda" and steps * args.epochs >= 15_000 if args.compile is None else args.compile
     return Options(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
 
 
 def shared_seed(seed: int | None, device: torch.device) -> int:
-    """The seed, or one that rank 0 draws for all."""
+    """The seed, or a random one, the same on all processes."""
     if seed is None:
         seed = int(distributed.broadcast(torch.randint(2**31, (1,)).to(device)))
         say(f"seed {seed} (repeat this run with --seed {seed})")
@@ -396,6 +324,6 @@ def shared_seed(seed: int | None, device: torch.device) -> int:
 
 
 def plain(args: Namespace) -> dict:
-    """The options as a checkpoint keeps them: plain values only."""
+    """The options that a checkpoint stores: plain values only."""
     kinds = (str, int, float, bool, type(None), list)
     return {name: value for name, value in vars(args).items() if isinstance(value, kinds)}

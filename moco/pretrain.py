@@ -19,7 +19,7 @@ from moco.methods import Method
 from moco.options import Options
 from moco.run import Run, lock, set_learning_rate
 
-HEALTH_EVERY = 10  # steps between two looks at the health of the contrast: it costs a few passes over the logits
+HEALTH_EVERY = 10  # steps between measurements of the contrast's health, which cost a few passes over the logits
 COLUMNS = ["epoch", "loss", "lr", "images_per_second", "seconds", *HEALTH, "knn", "top1", "top5"]
 ADVICE = "a lower --lr, a longer --warm-up or a higher --moco-t may help"
 
@@ -34,8 +34,8 @@ def main(method: Method, description: str) -> None:
 
 
 def train(method: Method, args: Namespace, device: torch.device) -> None:
-    """Trains, while no other run may use the output folder."""
-    with lock(args.output_dir, "log"):  # before its checkpoint is read: another run may be saving one
+    """Trains, and keeps other runs out of the output folder."""
+    with lock(args.output_dir, "log"):  # before reading a checkpoint there: another run may be saving it
         fit(method, *prepare(method, args, device), device)
 
 
@@ -47,7 +47,7 @@ def prepare(
     saved = checkpoint.load(path) if path else None
     if saved and "optimizer" not in saved:
         raise UsageError(
-            f"'{path}' holds weights alone: training cannot be resumed from it (--init starts from them, and "
+            f"'{path}' contains only weights: training cannot be resumed from it (--init starts from them, and "
             "main_lincls.py --pretrained evaluates them)"
         )
     args = options.resolve_pretraining(args, device, method.model.__name__, saved["options"] if saved else {})
@@ -59,7 +59,7 @@ def prepare(
         checkpoint.compare_options(saved["options"], args, path)
     if args.labels_per_class == 0 and (method.labels_only or args.knn_freq):
         what = "cross entropy" if method.labels_only else f"--knn-freq {args.knn_freq}"
-        raise UsageError(f"--labels-per-class 0 leaves no labelled image: {what} needs some")
+        raise UsageError(f"--labels-per-class 0 leaves no labels: {what} needs some")
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     split = load(True, per_class=args.per_class, labels_per_class=args.labels_per_class, unlabelled=True)
     if method.labels and len(split.classes) < 2:
@@ -82,7 +82,7 @@ def fit(
     path: str | None,
     device: torch.device,
 ) -> None:
-    """The training loop. `saved`: the checkpoint to resume, read from `path`."""
+    """The training loop. `saved`: the checkpoint to resume, read from `path`, or None."""
     batches = make_batches(method, args, split, device)
     model, average = make_model(method, args, device, saved, path)
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True)
@@ -100,19 +100,23 @@ def fit(
     network = distributed.parallel(model, device).train()
 
     def save(epoch: int, within: dict | None = None) -> None:
-        """`epoch` epochs are complete; `within`: what the next one has seen so far."""
+        """Saves after `epoch` complete epochs; `within`: the state of the next one, see Run.state."""
         average_statistics(model, average)
         checkpoint.check_finite(model.state_dict(), f"after {epoch} epochs and {run.step} steps")
+        content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(model.state_dict()))
+        content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
+        if average:
+            content["average"] = checkpoint.with_prefix(average.module.state_dict(prefix="encoder_q."))
         kept = not within and (epoch % args.save_freq == 0 or epoch == args.epochs)
         name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
-        run.save(contents(args, model, average, optimizer, epoch) | (within or {}), name)
+        run.save(content | (within or {}), name)
 
     with run, closing(batches):
         for epoch in range(run.epoch, args.epochs):
             for step, (views, labels, order) in run.steps(batches.epoch(epoch, run.step)):
                 lr = method.learning_rate(epoch + step / steps, args)
                 set_learning_rate(optimizer, lr)
-                model.watch = step % HEALTH_EVERY == 0
+                model.measure_health = step % HEALTH_EVERY == 0
                 optimizer.zero_grad()  # here, so that gradients take no memory during the forward pass
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     loss = network(*method.inputs(views, labels, order))
@@ -120,7 +124,8 @@ def fit(
                 optimizer.step()
                 if average:
                     average.update_parameters(model.encoder_q)
-                run.add(step, loss, model.health if model.watch else None)  # nothing up to here waits for the device
+                run.add(step, loss, model.health if model.measure_health else None)
+                # Nothing up to this line waits for the device.
                 if run.due(step):
                     run.sync(step, lr)
                     if run.stopping and step + 1 < steps:
@@ -128,17 +133,17 @@ def fit(
                         run.exit_saved()
             row = run.summary()
             if method.labels_only or knn_is_due(args, epoch):
-                save(epoch, run.state(row))  # before the evaluation: one that fails costs no epoch
+                save(epoch, run.state(row))  # first: an evaluation that fails does not cost the epoch
                 row |= measure(method, model, average, args, epoch, split, validation, device)
             run.log(row)
             describe(epoch, row, args)
-            save(epoch + 1)  # after the log: a resumed run drops what it will write again
+            save(epoch + 1)  # after the log: a resumed run rewrites the rows after its checkpoint
             if run.stopping:
                 run.exit_saved()
 
 
 def make_batches(method: Method, args: Options, split: Split, device: torch.device) -> Batches:
-    # What trains on labels alone sees the same ones again, so that an epoch has as many steps for every method.
+    # A method that needs labels repeats the labelled images, so that an epoch has equally many steps for every method.
     return Batches(
         split.labelled().repeated(len(split)) if method.labels_only else split,
         method.recipes(args),
@@ -181,10 +186,11 @@ def make_model(
 
 
 def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
-    """The trained parameters. Prototypes have no weight decay, with `no_bias_decay` neither have biases and batch norm."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    free = [name == "prototypes" or (no_bias_decay and p.dim() < 2) for name, p in trained]
-    decayed, others = ([p for (_, p), f in zip(trained, free, strict=True) if f == which] for which in (False, True))
+    """Parameter groups with and without weight decay: none for prototypes, nor with `no_bias_decay` for biases and batch norm."""
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (others if name == "prototypes" or (no_bias_decay and p.dim() < 2) else decayed).append(p)
     return [dict(params=decayed)] + ([dict(params=others, weight_decay=0)] if others else [])
 
 
@@ -202,7 +208,7 @@ def measure(
     validation: Split,
     device: torch.device,
 ) -> dict[str, float]:
-    """The encoder's kNN accuracy, where it is due, and that of the model's own classifier."""
+    """The encoder's kNN accuracy, if due, and the accuracy of the model's own classifier, if it has one."""
     found = {}
     encoder = average.module if average else model.encoder_q
     centre = augment.Centre(args.image_size, args.mean, args.std, crop=not args.aug_crop)
@@ -216,46 +222,31 @@ def measure(
     return found
 
 
-def contents(
-    args: Options, model: nn.Module, average: AveragedModel | None, optimizer: torch.optim.Optimizer, epoch: int
-) -> dict:
-    """What a checkpoint after `epoch` epochs holds, in MoCo's format."""
-    content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(model.state_dict()))
-    content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
-    if average:
-        weights = {f"encoder_q.{name}": value for name, value in average.module.state_dict().items()}
-        content["average"] = checkpoint.with_prefix(weights)
-    return content
-
-
 def average_statistics(*models: nn.Module | None) -> None:
-    """Batch norm's running statistics become their mean over the processes, as they would be in one process."""
+    """Averages batch norm's running statistics over the processes, as one process would have them."""
     buffers = [named for model in models if model for named in model.named_buffers()]
     running = [b for name, b in buffers if name.endswith(("running_mean", "running_var"))]
-    if distributed.world_size() > 1:
-        means = distributed.all_mean(torch.cat([b.flatten() for b in running])).split([b.numel() for b in running])
-        torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
+    means = distributed.all_mean(torch.cat([b.flatten() for b in running])).split([b.numel() for b in running])
+    torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
 
 
 def introduce(method: Method, args: Options, split: Split, steps: int, run: Run, device: torch.device) -> None:
     """The lines before the first epoch."""
-    processes = distributed.world_size()
-    labelled, some = int((split.labels != UNLABELLED).sum()), ""
-    if labelled < len(split) or args.labels_per_class is not None:
-        some = f", {labelled:,} of them labelled"
+    processes, labelled = distributed.world_size(), int((split.labels != UNLABELLED).sum())
+    some = f", {labelled:,} of them labelled" * (labelled < len(split))
     say(
-        f"{args.objective}: {args.arch} on {len(split):,} images of {len(args.classes)} classes{some}, {steps} steps an "
+        f"{args.objective}: {args.arch} on {len(split):,} images of {len(args.classes)} classes{some}, {steps} steps per "
         f"epoch, on {processes} process{'es' * (processes > 1)} ({device.type}, "
         f"{args.precision}{', compiled' * args.compile}), seed {args.seed}"
     )
     if method.labels_only and labelled < len(split):
-        say("note: cross entropy trains on the labelled images alone, repeated to as many steps as all images give")
+        say("note: cross entropy trains on the labelled images only, repeated to as many steps as all images give")
     if run.epoch or run.step:
-        say(f"going on with epoch {run.epoch}, step {run.step}")
+        say(f"continuing at epoch {run.epoch}, step {run.step}")
     if args.groups == 1 and method.shuffle_keys:
         say("note: batch norm sees the whole batch, so there is no Shuffling BN: --bn-splits 2 reproduces two GPUs")
     if 2 * args.warm_up > args.epochs:
-        moments = (epoch + step / steps for epoch in range(args.epochs) for step in (0, steps - 1))  # its extremes
+        moments = (epoch + step / steps for epoch in range(args.epochs) for step in (0, steps - 1))
         highest = max(method.learning_rate(moment, args) for moment in moments)
         say(
             f"note: --warm-up {args.warm_up} takes {min(args.warm_up, args.epochs)} of the {args.epochs} epochs: the "
@@ -264,7 +255,7 @@ def introduce(method: Method, args: Options, split: Split, steps: int, run: Run,
 
 
 def describe(epoch: int, row: dict, args: Options) -> None:
-    """The line after each epoch. It shows whether a loss near log K is normal."""
+    """Prints the line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:
         text += (
@@ -273,7 +264,7 @@ def describe(epoch: int, row: dict, args: Options) -> None:
         )
         if hasattr(args, "moco_k"):
             text += f" (log K = {math.log(args.moco_k):.2f})"
-    if row.get("knn") is not None:
+    if "knn" in row:
         text += f", kNN {row['knn']:.2f}%"
     if "top1" in row:
         text += f", top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}"

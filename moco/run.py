@@ -1,7 +1,6 @@
-"""A training run: what its epoch has seen, what a user sees of it, its log and checkpoints, and how it is stopped."""
+"""A training run: the state within an epoch, progress lines, log, checkpoints, and stopping on a signal."""
 
 import csv
-import errno
 import fcntl
 import math
 import os
@@ -11,11 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from moco import checkpoint, distributed
 from moco.errors import RunError, say
 from moco.losses import HEALTH
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # they ask a run to save its step and leave
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a run finishes its step, saves and exits
 PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
 
 
@@ -34,13 +32,13 @@ class Run:
 
     Args:
         folder: of NAME.csv, tensorboard/NAME and the checkpoint `last`. columns: of the log.
-        print_freq: steps between two lines. advice: what may help where the loss is not finite.
-        epochs: of the run. steps, images: of an epoch. batch_size: of the global batch.
+        print_freq: steps between lines. advice: what may help if the loss is not finite.
+        epochs: of the run. steps, images: per epoch. batch_size: of the global batch.
 
     Attributes:
-        epoch, step: where the run stands: the next step to train.
-        losses: (steps,) float32 of the epoch, on the device; global up to `step`, this process's own after it.
-        stopping: a signal asked to stop, and all processes have agreed.
+        epoch, step: the next step to train.
+        losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
+        stopping: a process got a signal, and all have agreed to stop.
     """
 
     def __init__(
@@ -64,13 +62,13 @@ class Run:
         self.epoch = self.step = 0
         self.lr = 0.0  # at the last `sync`
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
-        self.seconds = 0.0  # spent on the epoch before this run went on with it
-        self.unevaluated = None  # the log's row of an epoch whose steps are complete, from a checkpoint
+        self.seconds = 0.0  # spent on the epoch by the run that is resumed
+        self.unevaluated = None  # from a checkpoint: the summary of an epoch that is trained but not evaluated
         self.stopping, self.signal = False, 0
         self.writer = checkpoint.Writer()
 
     def resume(self, saved: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
-        """Goes on where a checkpoint, read from `path`, was written: after an epoch or within one."""
+        """Continues from a checkpoint, read from `path`, that was saved after an epoch or within one."""
         try:
             checkpoint.load_optimizer(optimizer, saved["optimizer"])
             self.epoch, self.step = int(saved["epoch"]), int(saved.get("step", 0))
@@ -86,54 +84,50 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.table = Log(self.folder, self.name, self.columns, self.epoch)
-        self.handlers = {number: signal.signal(number, self.ask) for number in ASKING}
+        self.handlers = {number: signal.signal(number, self.ask) for number in STOP_SIGNALS}
         self.began = time.perf_counter() - self.seconds
-        self.bar = None
         return self
 
     def __exit__(self, kind, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.close_bar()
         self.table.close()
         self.writer.close(failed=kind is not None)
 
     def ask(self, number, frame) -> None:
         """Handles a signal. A second SIGINT ends the run at once; schedulers send the others more than once."""
         self.signal = number
-        for each in ASKING:
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)
 
     def steps(self, batches: Iterable) -> Iterator[tuple[int, Any]]:
-        """The rest of the epoch: yields (step, batch). Shows a bar on a terminal, MoCo-style lines elsewhere."""
+        """Yields (step, batch) for the rest of the epoch; `batches` starts at `self.step`."""
         self.first, self.waiting = self.step, 0.0
-        self.begun = self.mark = time.perf_counter()
-        if distributed.rank() == 0 and sys.stdout.isatty():
-            title = f"epoch {self.epoch}/{self.epochs - 1}"
-            self.bar = tqdm(total=self.length, initial=self.first, desc=title, unit="step", leave=False)
-        batches = iter(batches)
-        for step in count(self.first):
-            start = time.perf_counter()
-            if (batch := next(batches, None)) is None:
-                break
-            self.waiting += time.perf_counter() - start  # on a GPU: the time it takes to ask for the batch
-            yield step, batch
-        self.close_bar()
+        self.begun = self.mark = start = time.perf_counter()
+        quiet = None if distributed.rank() == 0 else True  # None: a bar only on a terminal
+        bar = dict(
+            desc=f"epoch {self.epoch}/{self.epochs - 1}", unit="step", leave=False, disable=quiet, file=sys.stdout
+        )
+        with tqdm(total=self.length, initial=self.first, **bar) as self.bar:
+            for step, batch in enumerate(batches, self.first):
+                self.waiting += time.perf_counter() - start  # on a GPU: the time to ask for the batch
+                yield step, batch
+                start = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, health: Tensor | None = None) -> None:
-        """Keeps a step's loss and, where it was looked at, the health of its contrast. Does not wait for the device."""
+        """Stores a step's loss and, where measured, the health of its contrast. Does not wait for the device."""
         self.losses[step] = loss.detach()
         if health is not None:
             self.health[:4] += health
             self.health[4] += 1
 
     def due(self, step: int) -> bool:
-        """Is `sync` due after this step? A process that has nobody to agree with stops at once."""
-        alone = self.signal and distributed.world_size() == 1
-        return (step + 1) % self.print_freq == 0 or step + 1 == self.length or bool(alone)
+        """Is `sync` due after this step? A single process that got a signal stops at once."""
+        stop = self.signal > 0 and distributed.world_size() == 1
+        return (step + 1) % self.print_freq == 0 or step + 1 == self.length or stop
 
     def sync(self, step: int, lr: float) -> None:
-        """Makes the losses up to this step global and shows them; the processes agree whether to stop. One collective.
+        """Averages the losses over the processes and prints a line; they agree whether to stop. One collective.
 
         RunError: a loss is not finite.
         """
@@ -151,22 +145,19 @@ class Run:
         self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
 
     def show(self, moved: int, **values: str) -> None:
-        """After `moved` more steps."""
-        now = time.perf_counter()
-        step_time, data_time, speed = (now - self.mark) / moved, self.waiting / moved, self.images_per_second
-        self.mark, self.waiting = now, 0.0
-        if distributed.rank() != 0:
-            return
-        if self.bar is not None:
-            self.bar.update(moved)
-            self.bar.set_postfix({**values, "images/s": f"{speed:.0f}"}, refresh=False)
-            return
+        """After `moved` more steps: a bar on a terminal, MoCo-style lines elsewhere."""
+        now, speed = time.perf_counter(), self.images_per_second
+        self.bar.update(moved)
+        self.bar.set_postfix(**values, refresh=False)
         left = timedelta(seconds=round((self.images * (self.epochs - self.epoch) - self.seen(self.step)) / speed))
-        shown = "  ".join(f"{name} {value}" for name, value in values.items())
-        say(
-            f"Epoch: [{self.epoch}][{self.step:{len(str(self.length))}}/{self.length}]  Time {step_time:.3f}  "
-            f"Data {data_time:.3f}  {shown}  images/s {speed:.0f}  ETA {left}"
-        )
+        if self.bar.disable:
+            shown = "  ".join(f"{name} {value}" for name, value in values.items())
+            say(
+                f"Epoch: [{self.epoch}][{self.step:{len(str(self.length))}}/{self.length}]  "
+                f"Time {(now - self.mark) / moved:.3f}  Data {self.waiting / moved:.3f}  "
+                f"{shown}  images/s {speed:.0f}  ETA {left}"
+            )
+        self.mark, self.waiting = now, 0.0
 
     def seen(self, step: int) -> int:
         """Images in this many steps of an epoch."""
@@ -176,27 +167,22 @@ class Run:
     def images_per_second(self) -> float:
         return (self.seen(self.step) - self.seen(self.first)) / max(time.perf_counter() - self.begun, 1e-9)
 
-    def close_bar(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
     def summary(self) -> dict[str, float]:
-        """The log's row of an epoch whose steps are complete: means over its steps and the processes. One collective."""
-        *sums, looks = distributed.all_mean(self.health).tolist()
+        """The log's row of a trained epoch: means over its steps and the processes. One collective."""
+        *sums, measured = distributed.all_mean(self.health).tolist()
         if self.unevaluated:
             return self.unevaluated
-        health = {name: value / looks for name, value in zip(HEALTH, sums, strict=True)} if looks else {}
+        health = {name: value / measured for name, value in zip(HEALTH, sums, strict=True)} if measured else {}
         return dict(lr=self.lr, images_per_second=self.images_per_second, loss=self.losses.mean().item(), **health)
 
     def state(self, unevaluated: dict | None = None) -> dict:
-        """What a checkpoint within an epoch holds of it; `unevaluated`: its `summary`, where its steps are complete.
+        """What a checkpoint within an epoch needs; `unevaluated`: the `summary`, if only the evaluation is missing.
 
-        Each process must call it.
+        Every process must call it.
         """
-        seen = dict(step=self.step, losses=self.losses[: self.step].clone(), health=distributed.all_mean(self.health))
-        seen |= dict(seconds=time.perf_counter() - self.began)
-        return seen | dict(unevaluated=unevaluated) if unevaluated else seen
+        state = dict(step=self.step, losses=self.losses[: self.step].clone(), health=distributed.all_mean(self.health))
+        state |= dict(seconds=time.perf_counter() - self.began)
+        return state | dict(unevaluated=unevaluated) if unevaluated else state
 
     def save(self, content: dict, kept: str | None = None) -> None:
         """Writes a checkpoint in a thread, on rank 0; `kept`: a second name for it."""
@@ -204,7 +190,7 @@ class Run:
             self.writer.save(self.folder / self.last, content, kept)
 
     def log(self, row: dict[str, float | None]) -> None:
-        """Ends the epoch: its row in the log. What follows, saving included, belongs to the next one's seconds."""
+        """Ends the epoch with its row in the log. Later time, saving included, counts as the next epoch's."""
         now = time.perf_counter()
         row["seconds"] = now - self.began
         self.table.add(self.epoch, **row)
@@ -213,8 +199,7 @@ class Run:
         self.health.zero_()
 
     def exit_saved(self) -> NoReturn:
-        """Ends this process when its checkpoint is written, as all processes have agreed."""
-        self.close_bar()
+        """Waits for the checkpoint and exits, as all processes have agreed."""
         self.writer.finish()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
         say(f"stopped {where}; --resume auto continues from there")
@@ -223,8 +208,8 @@ class Run:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For data-loading workers: the training process handles signals, and needs its workers for the last step."""
-    for number in ASKING:
+    """For data-loading workers: the training process handles signals, and still needs them for its last step."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -236,8 +221,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Log:
     """One row per epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only rank 0 writes.
 
-    A resumed run drops the rows from its first epoch on: each epoch is there once. The log of an earlier run is
-    replaced when there is a first row to replace it.
+    A resumed run drops the rows from its first epoch on, so that no epoch is there twice. An earlier run's log is
+    replaced together with the first new row.
     """
 
     def __init__(self, folder: str | Path, name: str, columns: list[str], first_epoch: int = 0):
@@ -268,12 +253,12 @@ class Log:
         self.rows = list(rows)
 
     def add(self, epoch: int, **values: float | None) -> None:
-        """Values may be None: not measured in this epoch."""
+        """Appends a row. A value is None if it was not measured in this epoch."""
         if distributed.rank() != 0:
             return
-        row = {"epoch": epoch, **{name: rounded(value) for name, value in values.items()}}
+        row = {name: "" if value is None else f"{value:.7g}" for name, value in values.items()}
         try:
-            self.write([*self.rows, row])
+            self.write([*self.rows, {"epoch": epoch, **row}])
             for name, value in values.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, epoch)
@@ -287,17 +272,13 @@ class Log:
 
 
 def all_but_os_errors(error: threading.ExceptHookArgs) -> None:
-    """Prints the traceback of a thread's error, unless TensorBoard's thread has met the full disk that `Log` reports."""
+    """A threading.excepthook that skips OSErrors: when the disk is full, TensorBoard's thread has one, and `Log` reports it."""
     if not isinstance(error.exc_value, OSError):
         threading.__excepthook__(error)
 
 
-def rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.7g}"
-
-
 def read_log(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a log, as dicts of strings; none, if there is no log. A row that was cut short is left out."""
+    """The rows of a log, as dicts of strings; [] without a log. Incomplete rows are left out."""
     if not Path(path).is_file():
         return []
     with open(path, newline="", errors="replace") as file:
@@ -308,7 +289,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
 
 @contextmanager
 def lock(folder: str | Path, name: str) -> Iterator[None]:
-    """Keeps every other run that writes FOLDER/NAME.csv and its checkpoints out of the folder. Only rank 0 holds it.
+    """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints. Only rank 0 has the lock.
 
     The kernel releases it when that process ends, however it ends; child processes do not inherit it.
 
@@ -319,34 +300,29 @@ def lock(folder: str | Path, name: str) -> Iterator[None]:
         yield
         return
     path = Path(folder, f"{name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115  not truncated: it may be another run's
-    except OSError as error:
-        raise RunError(f"'{error.filename}' cannot be written: {error.strerror}") from None
-    with file:
-        acquire(file, path)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, "a+b", buffering=0))  # not truncated: it may be another run's
+            acquire(file, path)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise RunError(f"'{error.filename or path}' cannot be written: {error.strerror}") from None
         yield
 
 
-def acquire(file, path: Path) -> None:
-    """Locks the open file and writes this process's place into it."""
-    for second in range(PATIENCE + 1):
+def acquire(file: BinaryIO, path: Path) -> None:
+    """Locks the open file; without locks on its file system, prints a note."""
+    for second in range(PATIENCE):
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            return
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            file.seek(0)
+            owner = file.read().decode(errors="replace").strip() or "another run"
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise RunError(f"'{path}' cannot be written: {error.strerror}") from None
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                say(f"note: '{path.parent}' cannot be locked ({error.strerror}): start no second run in it")
-                return
-        file.seek(0)
-        place = file.read().decode(errors="replace").strip() or "another run"
+            return say(f"note: '{path.parent}' cannot be locked ({error.strerror}): do not start a second run in it")
         if second == 0:
-            say(f"note: {place} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
-        if second < PATIENCE:
-            time.sleep(1)
-    raise RunError(f"{place} is using '{path.parent}': wait for it to end, or choose another --output-dir")
+            say(f"note: {owner} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
+        time.sleep(1)
+    raise RunError(f"{owner} is using '{path.parent}': wait for it to end, or choose another --output-dir")

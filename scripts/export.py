@@ -19,6 +19,7 @@ from torch import nn
 
 from moco import inference, launch, options
 from moco.errors import UsageError, say
+from output import check_output, writing
 
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
@@ -47,11 +48,11 @@ def main():
     args = parser.parse_args()
     if missing := [name for name in NEEDS.get(args.out.suffix.lower(), []) if not find_spec(name)]:
         raise UsageError(f'{args.out.suffix} needs {missing[0]}: pip install -e ".[export]"')
-    options.check_output(args.out, args.force, NEEDS)
+    check_output(args.out, args.force, NEEDS)
     network, centre, classes = inference.load(args.checkpoint)
     images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
     export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
-    with options.writing(args.out) as tmp:
+    with writing(args.out) as tmp:
         worst = export(network, images, tmp)
     what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
     say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")

@@ -10,6 +10,7 @@ The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64,
 relative to the folder, or the images' numbers. For labelled images it also prints recall@1, recall@5 and MAP@R.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -24,14 +25,16 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from moco import datasets, evaluate, inference, launch, options
+from moco import datasets, inference, launch, options
 from moco.batches import Centres
 from moco.errors import UsageError, one_line, say
 from moco.losses import UNLABELLED
 from moco.run import all_but_os_errors
+from output import check_output, writing
 
 MOST_SEARCHED = 100_000  # images of which all pairs are compared
 MOST_PROJECTED = 5000  # images in the projector
+PART_BYTES = 256 << 20  # similarities compared at a time
 THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 
 
@@ -52,13 +55,13 @@ def main():
     add("--projector", type=Path, metavar="DIR", help="new folder for TensorBoard's embedding projector")
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
-    options.check_output(args.out, args.force)
+    check_output(args.out, args.force)
     if args.picture:
         Image.init()
         suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.SAVE}
-        options.check_output(args.picture, args.force, suffixes)
+        check_output(args.picture, args.force, suffixes)
     if args.projector:
-        options.check_output(args.projector, force=False)
+        check_output(args.projector, force=False)
     if args.neighbours and not args.picture:
         raise UsageError("--neighbours needs --picture FILE.png")
     extract(args, *images(args), launch.choose_device())
@@ -73,7 +76,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")
         skipped = Counter()
-        found = sorted(datasets.images_below(args.data, skipped))
+        found = datasets.images_below(args.data, skipped)
         datasets.announce(skipped, args.data)
         if not found:
             raise UsageError(f"'{args.data}' contains no images")
@@ -98,7 +101,7 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)
-    with options.writing(args.out) as tmp, tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+    with writing(args.out) as tmp, tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         raw, width = Path(folder, "features"), None  # on disk: there may be more of them than fit into memory
         with open(raw, "wb") as file, torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
             for batch, _ in Centres(split, centre, args.batch_size, device, args.workers):
@@ -110,7 +113,7 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
         with open(tmp, "wb") as file:
             np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))
         if args.picture:
-            with options.writing(args.picture) as picture:
+            with writing(args.picture) as picture:
                 sheet(split, features, args.neighbours or 8).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
     search(features, split.labels, device)
@@ -128,8 +131,39 @@ def search(features: np.ndarray, labels: torch.Tensor, device: torch.device) -> 
         say(f"note: no recall@1 and MAP@R for more than {MOST_SEARCHED:,} images: they compare all pairs")
         return
     normed = F.normalize(torch.from_numpy(features[rows.numpy()]).to(device), dim=1)
-    if len(rows) and (found := evaluate.retrieval(normed, labels[rows].to(device))):
+    if len(rows) and (found := retrieval(normed, labels[rows].to(device))):
         say("retrieval among the labelled images: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
+
+
+@torch.no_grad()
+def retrieval(features: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float] | None:
+    """Recall@1, recall@5 and MAP@R in percent, of each image among all others (Musgrave et al., arXiv:2003.08505).
+
+    Recall@k: is an image of the query's class among its k nearest? With R other images of its class,
+
+        MAP@R = (1/R) sum_{i=1..R} [the i-th nearest is of the class] (share of the class among the i nearest).
+
+    Means over the images with R > 0; None if there are none.
+
+    Args:
+        features: (N, width) float32, L2-normalised. labels: (N,) int64, 0 or more.
+    """
+    others = labels.bincount()[labels] - 1
+    queries = others.nonzero().squeeze(1)
+    if not len(queries):
+        return None
+    sums = torch.zeros(3, dtype=torch.float64, device=features.device)
+    for rows in queries.split(max(1, PART_BYTES // (32 * len(labels)))):
+        similarity = features[rows] @ features.T
+        similarity.scatter_(1, rows[:, None], -math.inf)
+        wanted = others[rows, None]
+        nearest = similarity.topk(min(len(labels) - 1, max(5, int(wanted.max()))), dim=1).indices
+        hits = labels[nearest] == labels[rows, None]
+        ranks = torch.arange(1, nearest.shape[1] + 1, device=features.device)
+        precision = hits.cumsum(1) / ranks
+        map_at_r = ((precision * (hits & (ranks <= wanted))).sum(1, keepdim=True) / wanted).sum()
+        sums += torch.stack([hits[:, 0].sum(), hits[:, :5].any(1).sum(), map_at_r])
+    return tuple((100 * sums / len(queries)).tolist())
 
 
 def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: list[str]) -> None:
@@ -144,7 +178,7 @@ def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: li
     thumbnails = [ImageOps.fit(split.pillow(i), (THUMBNAIL // 2, THUMBNAIL // 2)) for i in chosen]
     images = torch.stack([datasets.pixels(image) for image in thumbnails]).float() / 255
     threading.excepthook = all_but_os_errors
-    with options.writing(folder) as tmp:
+    with writing(folder) as tmp:
         try:
             with SummaryWriter(tmp) as writer:
                 writer.add_embedding(features[chosen], rows, images, metadata_header=["class", "path"])

@@ -17,6 +17,7 @@ from moco import checkpoint, datasets, evaluate, inference, launch, options
 from moco.checkpoint import LINEAR
 from moco.errors import RunError, UsageError, say
 from moco.run import read_log
+from output import check_output, writing
 
 
 @launch.reporting()
@@ -27,7 +28,7 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/picture.png")
     args = parser.parse_args()
     out = args.out or args.run / "picture.png"
-    options.check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
+    check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
     draw(args.run, args.data, out)
     say(f"{out}")
 
@@ -48,7 +49,7 @@ def draw(run, folder, out):
     axes["map"].set_title("validation images: t-SNE of the frozen features")
     if confusion is not None:
         matrix(axes["confusion"], confusion, classes)
-    with options.writing(out) as tmp:
+    with writing(out) as tmp:
         figure.savefig(tmp, dpi=110, format=out.suffix[1:].lower())
 
 

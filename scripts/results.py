@@ -73,7 +73,7 @@ def recipe(row: Row) -> dict[str, dict]:
     """The options of a row's programs, as the checkpoints of its run hold them: {"pretrain": {...}, "linear": {...}}."""
     method = methods.ALL[row.script]
     parser = options.pretrain_parser("", method.add_options, method.defaults)
-    with mock.patch("sys.argv", [row.script, *row.linear.split()]):
+    with mock.patch("sys.argv", [row.script, *row.linear.split()]):  # --recipe sets defaults
         linear = options.linear_parser("").parse_args(row.linear.split())
     given = f"{row.options} --dataset {row.dataset} --seed 0 --epochs {row.epochs} data/"
     found = options.resolve_pretraining(parser.parse_args(given.split()), torch.device("cpu"), "", {})

@@ -3,6 +3,7 @@
 import os
 import socket
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ from moco import (
         ("--gpu 77", "--gpu 77"),
         ("--resume nowhere.pth.tar", "'nowhere.pth.tar' does not exist"),
         ("--start-epoch 9", "--start-epoch 9"),
-        ("--resume ''", "names no checkpoint"),
+        ("--resume ''", "does not name a checkpoint"),
         (f"--moco-k {10**400}", "in 32 bits"),
     ],
 )
@@ -209,10 +210,10 @@ def test_odd_folders(run, folder, tmp_path):
     os.symlink(tmp_path, elsewhere / "back")
     os.symlink(root / "train/dog/of", root / "train/dog/alias")  # comes before what it leads to
     (root / "train/fox").symlink_to(elsewhere)
-    assert len(list(datasets.images_below(root / "train/cat"))) == 4
-    found = list(datasets.images_below(root / "train/dog"))
+    assert len(list(datasets.images_below(root / "train/cat", Counter()))) == 4
+    found = list(datasets.images_below(root / "train/dog", Counter()))
     assert len(found) == 4 + 2 and os.fsdecode(name) in found
-    assert [os.path.basename(path) for path in datasets.images_below(root / "train/fox")] == ["more.png"]
+    assert [os.path.basename(path) for path in datasets.images_below(root / "train/fox", Counter())] == ["more.png"]
     assert run("main_moco.py", SHORT, "--output-dir", tmp_path / "out", root).status == 0
     with open(name, "wb") as file:
         file.write(b"broken")
@@ -241,7 +242,7 @@ def test_bad_labels(run, folder, tmp_path):
     refused(run("main_moco_in.py", *words, 3), 2, "--labels-per-class None, this run has 3")
 
 
-@pytest.mark.parametrize("how", ["file link", "hard link", "folder link", "the folder itself", "empty", "broken link"])
+@pytest.mark.parametrize("how", ["file link", "folder link", "the folder itself", "empty", "broken link"])
 def test_an_unlabelled_folder_that_is_refused(how, run, folder, tmp_path):
     data = folder(train=6, val=2)
     image, unlabelled = data / "train/dog/2.png", data / "unlabelled"
@@ -251,8 +252,6 @@ def test_an_unlabelled_folder_that_is_refused(how, run, folder, tmp_path):
         unlabelled.mkdir()
     if how == "file link":
         (unlabelled / "x.png").symlink_to(image)
-    if how == "hard link":
-        os.link(image, unlabelled / "x.png")
     if how == "folder link":
         (unlabelled / "x").symlink_to(data / "train/dog")
     if how == "broken link":

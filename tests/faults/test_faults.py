@@ -92,7 +92,7 @@ def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):
     words += ["--pretrained", str(tmp_path / "checkpoint_last.pth.tar")]
     for more in ([], ["--resume", "auto"]):
         linear = start("main_lincls.py", *words, *more)
-        assert ("going on with epoch" in until(linear, "epoch ")) == bool(more)  # one is complete
+        assert ("continuing at epoch" in until(linear, "epoch ")) == bool(more)  # one is complete
         linear.send_signal(signal.SIGTERM)
         out = linear.communicate(timeout=60)[0]
         assert linear.returncode == 143 and "stopped " in out and "Traceback" not in out, out

@@ -168,7 +168,7 @@ def test_the_sbatch_file(tmp_path):
             os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
         out = run.communicate(timeout=100)[0]
         assert run.returncode == status and "Traceback" not in out, out
-        assert ("stopped " in out) == bool(status) and ("going on with epoch" in out) == (not status), out
+        assert ("stopped " in out) == bool(status) and ("continuing at epoch" in out) == (not status), out
         if status:
             assert (tmp_path / "scontrol.called").read_text() == "requeue 41\n"
             (tmp_path / "scontrol.called").unlink()

@@ -20,7 +20,7 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
     words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        assert ("going on with epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
+        assert ("continuing at epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
         os.kill(run.pid, number)
         out = run.communicate(timeout=60)[0]
         assert run.returncode == status and "--resume auto continues" in out and "Traceback" not in out, out

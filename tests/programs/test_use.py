@@ -13,6 +13,8 @@ from PIL import Image
 from torchvision import models
 from torchvision.transforms import functional as tv
 
+import extract
+import main_lincls
 import moco
 from helpers import ROOT, TINY_FOLDER, foreign, refused, start
 from moco import augment, batches, checkpoint, datasets, encoders, evaluate, inference
@@ -119,7 +121,7 @@ def test_export_to_torchvision_and_timm(run, tmp_path):
 
 def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     counts = torch.tensor([[8, 5, 0], [10, 10, 0]])
-    assert evaluate.worst_classes(counts, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
+    assert main_lincls.worst_classes(counts, ["cat", "dog", "fox"]) == "worst classes: dog 50.0, cat 80.0"
     saved = checkpoint.load(tmp_path / "linear_last.pth.tar")
     assert saved["confusion"].sum(1).tolist() == [5, 5]
     done = run("scripts/picture.py", tmp_path)
@@ -260,7 +262,7 @@ def test_extract_says_how_well_images_find_each_other(run, trained, tmp_path):
     done = run("scripts/extract.py", last, data, "--out", tmp_path / "f.npz")
     found = np.load(tmp_path / "f.npz")
     features = torch.nn.functional.normalize(torch.from_numpy(found["features"]), dim=1)
-    wanted = evaluate.retrieval(features, torch.from_numpy(found["labels"]))
+    wanted = extract.retrieval(features, torch.from_numpy(found["labels"]))
     assert "recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*wanted) in done.out
     assert "MAP@R" not in run("scripts/extract.py", last, data / "val", "--out", tmp_path / "f.npz --force").out
 

@@ -33,9 +33,9 @@ def test_one_file_three_uses(run, measured, folder, tmp_path):
         assert f"top1={row['top1']:.2f} top5={row['top5']:.2f}" in done.out.splitlines()[-1], done.err
         done = run("main_lincls.py", "--epochs 1 -b 8 --pretrained", file, "--output-dir", tmp_path / name, data)
         assert done.status == 0 and "result: top1=" in done.out, done.err
-        refused(run("main_lincls.py", "--resume", file, data), 2, file.name, "weights alone")
+        refused(run("main_lincls.py", "--resume", file, data), 2, file.name, "only weights")
         words = f"-a resnet20 --image-size 12 -b 8 --output-dir {tmp_path}"
-        refused(run("main_moco_in.py", words, "--resume", file, data), 2, file.name, "weights alone")
+        refused(run("main_moco_in.py", words, "--resume", file, data), 2, file.name, "only weights")
         saved = torch.load(file, weights_only=True)
         assert "optimizer" not in saved and all(key.startswith("module.") for key in saved["state_dict"])
         assert file.stat().st_size < 1_300_000

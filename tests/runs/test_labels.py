@@ -24,7 +24,7 @@ def equal(one, other):
 def test_every_method_trains_where_some_labels_are_missing(script, words, run, folder, tmp_path):
     done = run(script, words, "--epochs 1 --knn-freq 1 --labels-per-class 3 --output-dir", tmp_path / "digits")
     assert done.status == 0 and "160 images of 10 classes, 30 of them labelled, 5 steps" in done.out, done.err
-    assert ("note: cross entropy trains on the labelled images alone" in done.out) == (script == "main_ce.py")
+    assert ("note: cross entropy trains on the labelled images only" in done.out) == (script == "main_ce.py")
     assert 0 < float(rows(tmp_path / "digits/log.csv")[0]["knn"]) <= 100
 
     data = add_unlabelled(folder(train=6, val=2))
@@ -33,7 +33,7 @@ def test_every_method_trains_where_some_labels_are_missing(script, words, run, f
     assert done.status == 0 and "17 images of 2 classes, 12 of them labelled, 4 steps" in done.out, done.err
     words = ["-b 4 --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
     done = run("main_lincls.py", *words, "--seed 0 --output-dir", tmp_path, data)
-    assert done.status == 0 and "12 images, 3 steps an epoch" in done.out, done.err
+    assert done.status == 0 and "12 images, 3 steps per epoch" in done.out, done.err
 
 
 @pytest.mark.parametrize("script, words", [(script, TINY_MOCO) for script in LABEL_AWARE] + [("main_supcon.py", TINY)])

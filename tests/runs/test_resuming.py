@@ -80,7 +80,7 @@ def test_a_resumed_run_takes_its_epoch_from_the_checkpoint(run, tmp_path):
     words = [TINY_MOCO, "--output-dir", tmp_path]
     run("main_moco.py", *words, "--epochs 2")
     done = run("main_moco.py", *words, "--epochs 3 --start-epoch 1 --resume auto")
-    assert "going on with epoch 2" in done.out
+    assert "continuing at epoch 2" in done.out
     assert [row["epoch"] for row in rows(tmp_path / "log.csv")] == ["0", "1", "2"]
     done = run("main_moco.py", *words, "--epochs 1 --resume auto")
     assert done.status == 0 and "has 3 epochs, --epochs is 1" in done.out and "going on" not in done.out

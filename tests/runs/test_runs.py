@@ -53,7 +53,7 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
 
 def test_the_help_of_a_recipe(run):
     for words, says in (("--recipe supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
-        assert f"at this batch size {says}" in " ".join(run("main_lincls.py", words, "--help").out.split())
+        assert f"never rescaled with the batch {says}" in " ".join(run("main_lincls.py", words, "--help").out.split())
 
 
 def test_a_log_lives_until_its_run_is_replaced(run, tmp_path):

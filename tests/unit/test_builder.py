@@ -114,7 +114,7 @@ class Reference:
 def test_eight_steps_are_the_formulas(variant):
     """The queue of 20 wraps around within a batch of 8."""
     model = make(variant)
-    model.watch = True
+    model.measure_health = True
     reference = Reference(model)
     recipe = dict(lr=0.3, momentum=0.9, weight_decay=1e-3)
     ours = torch.optim.SGD(model.encoder_q.parameters(), **recipe)
@@ -162,7 +162,7 @@ def test_slots_that_were_never_filled():
     model = make(MoCoOut)
     assert torch.allclose(model.queue.norm(dim=0), torch.ones(20), atol=1e-5)
     assert (model.label_queue == UNLABELLED).all()
-    model.watch = True
+    model.measure_health = True
     im_q, im_k, _ = batch(0)
     model(im_q, im_k, torch.full((8,), UNLABELLED))  # matches nothing but the query's own key
     assert model.health[3] == 1
@@ -254,7 +254,7 @@ def test_suploss_contrasts_within_a_process():
     q, k = (F.normalize(torch.randn(8, 8), dim=1) for _ in range(2))
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
     two, one = make(MoCoSupLoss, splits=2), make(MoCoSupLoss)
-    two.watch = one.watch = True
+    two.measure_health = one.measure_health = True
     halves, healths = [], []
     for half in (slice(4), slice(4, 8)):
         halves.append(one.objective(q[half], labels[half], k[half], labels[half]))
@@ -316,7 +316,7 @@ def test_defaults_of_the_constructor():
 
 def test_health_of_info_nce():
     model = make(MoCo)
-    model.watch = True
+    model.measure_health = True
     im_q, im_k, _ = batch(0)
     with torch.no_grad():
         loss = model(im_q, im_k)

@@ -8,7 +8,6 @@ import torch
 from helpers import add_unlabelled
 from moco import (
     datasets,
-    distributed,
 )
 
 
@@ -22,12 +21,6 @@ def test_which_cifar(tmp_path):
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "train").mkdir()
     assert datasets.candidates(tmp_path) == ["imagefolder"]
-
-
-def test_paths_are_one_array():
-    names = ["a", "", "ä/b", os.fsdecode(b"\xff.png")]
-    paths = datasets.PathArray(names)
-    assert len(paths) == 4 and list(paths) == names
 
 
 def test_the_first_of_each_class_keep_their_label():
@@ -62,19 +55,6 @@ def test_unlabelled_images_of_a_folder(folder, size):
     assert load() == ([0] * 6 + [1] * 6, set())
     assert load(False) == ([0, 0, 1, 1], set())
     assert load(False, holdout=1) == ([0, 1], set())
-
-
-def test_images_that_the_gpu_has_no_room_for_stay_in_their_files(folder, monkeypatch):
-    place = folder(train=4)
-    size = 8 * 3 * 12 * 12
-    for free, kept in ((2 * size, True), (2 * size - 2, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
-        monkeypatch.setattr(distributed, "total", lambda value, device: float(value))
-        assert datasets.fits(size, torch.device("cuda")) == kept and datasets.fits(size, torch.device("cpu"))
-        monkeypatch.setattr(datasets, "fits", lambda size, device, kept=kept: kept)
-        split = datasets.load("imagefolder", place, True)
-        assert (split.images is not None) == kept and len(split.paths) == 8
-        monkeypatch.undo()
 
 
 def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):

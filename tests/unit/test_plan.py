@@ -75,8 +75,6 @@ def test_options_that_the_environment_overrides_are_named(capsys):
     launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
     launch.inherited(TORCHRUN | dict(RANK="0"), gpu=None, dist_url=launch.DIST_URL)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UsageError, match="LOCAL_RANK is 'first'"):
-        launch.inherited(TORCHRUN | dict(LOCAL_RANK="first"))
 
 
 STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")

@@ -47,9 +47,9 @@ class Parser(argparse.ArgumentParser):
     announced), and its default, for checkpoints from before the option existed. Parsed options have it, too.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, **how: object):
         first, _, rest = text.partition("\n")
-        super().__init__(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
         self.when_resumed: dict[str, tuple[str, bool, object]] = {}
         self.set_defaults(when_resumed=self.when_resumed)
 
@@ -142,7 +142,7 @@ def pretrain_parser(
 
 def linear_parser(description: str) -> Parser:
     """Options of main_lincls.py."""
-    early = Parser(add_help=False)  # --help shows the defaults of the recipe
+    early = Parser("", add_help=False, allow_abbrev=False)  # --help shows the defaults of the recipe
     early.add_argument("--recipe", choices=LINEAR_RECIPES, default="moco")
     recipe = LINEAR_RECIPES[early.parse_known_args()[0].recipe]
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])

@@ -234,7 +234,7 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     if unlabelled and Path(folder, "unlabelled").is_dir():
         images += [(path, UNLABELLED) for path in images_without_label(folder, [path for path, _ in images])]
     paths, labels = zip(*images, strict=True)
-    return Split(torch.tensor(labels), classes, paths=paths)
+    return Split(torch.tensor(labels), classes, paths=list(paths))
 
 
 def images_without_label(folder: str, train: list[str]) -> list[str]:

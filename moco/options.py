@@ -107,7 +107,7 @@ def pretrain_parser(
         resumed=TELL,
         help="cosine schedule from lr to 0 (replaces --schedule)",
     )
-    text = "epochs of linear warm-up (default: 5; SupContrast and cross entropy: 10 for batches over 256, else 0)"
+    text = "epochs of linear warm-up; SupContrast and cross entropy: 10 for batches over 256, else 0 (default: 5)"
     add("--warm-up", resumed=TELL, type=count, default=5, metavar="N", help=text)
     text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: the script's own views)"
     add_views("--aug-plus", resumed=KEEP, action="store_true", help=text)

@@ -91,7 +91,7 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
             assert len(said) == 1 and f"(rank {rank} on {socket.gethostname()})" in said[0], out
             assert (says if rank else "another of the 2 processes") in said[0], out
             assert run.returncode != 0 and "Traceback" not in out, out
-        assert "note: -b 4 is the global batch, of all 2 nodes together" in outs[0]
+        assert "note: -b 4 is the global batch, over all 2 nodes" in outs[0]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

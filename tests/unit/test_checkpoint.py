@@ -114,5 +114,5 @@ def test_a_namespace_is_data_and_other_classes_are_not_read(tmp_path):
     torch.save(saved, tmp_path / "a.pth")
     assert checkpoint.load(tmp_path / "a.pth")["args"].lr == 0.1
     torch.save(saved | {"args": argparse.Namespace(day=datetime.date(2020, 1, 1))}, tmp_path / "a.pth")
-    with pytest.raises(checkpoint.RunError, match="more than tensors"):
+    with pytest.raises(checkpoint.RunError, match="only tensors and plain values"):
         checkpoint.load(tmp_path / "a.pth")

@@ -102,8 +102,9 @@ def fit(
     def save(epoch: int, within: dict | None = None) -> None:
         """Saves after `epoch` complete epochs; `within`: the state of the next one, see Run.state."""
         average_statistics(model, average)
-        checkpoint.check_finite(model.state_dict(), f"after {epoch} epochs and {run.step} steps")
-        content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(model.state_dict()))
+        state = model.state_dict()
+        checkpoint.check_finite(state, f"after {epoch} epochs and {run.step} steps")
+        content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(state))
         content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
         if average:
             content["average"] = checkpoint.with_prefix(average.module.state_dict(prefix="encoder_q."))

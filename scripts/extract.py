@@ -78,8 +78,6 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         skipped = Counter()
         found = datasets.images_below(args.data, skipped)
         datasets.announce(skipped, args.data)
-        if not found:
-            raise UsageError(f"'{args.data}' contains no images")
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
         name = datasets.resolve(args.dataset, args.data)

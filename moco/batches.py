@@ -111,7 +111,7 @@ class Batches:
         views: a (n, 3, S, S) float32 tensor per view, of this process's n rows. labels: (n,) int64, of the queries.
         order: (B,) int64, or None without shuffle_keys: row j of the global key views shows image order[j] of the batch.
         """
-        plan, device, orders, shuffle = self.plan, self.device, [None] * len(self), None
+        plan, device = self.plan, self.device
         drawn, jitter = [], []
         for view, recipe in enumerate(self.recipes):
             parameters = generator(plan.seed, epoch, PARAMETERS, view)
@@ -119,10 +119,8 @@ class Batches:
             jitter.append(generator(plan.seed, epoch, JITTER, view))
         # One transfer per epoch: one per step would make the host wait for the step before.
         batches = plan.rows(epoch).to(device).split(plan.batch_size)
-        if self.shuffle_keys:
-            orders = plan.key_orders(epoch)
-            shuffle = distributed.Shuffle(orders, device) if isinstance(self.source, Files) else None
-            orders = orders.to(device)
+        on_host = plan.key_orders(epoch) if self.shuffle_keys else None
+        orders = [None] * len(self) if on_host is None else on_host.to(device)
         for step, (batch, order) in enumerate(zip(batches, orders, strict=True)):
             colours = [recipe.draw_order(rng) for recipe, rng in zip(self.recipes, jitter, strict=True)]
             if step < first:
@@ -132,8 +130,9 @@ class Batches:
                 for view in range(len(self.views))
             ]
             images = self.source(epoch, step, rows)
-            if shuffle:  # the process with an image's query decoded it, so its key crop changes processes
-                images[1] = shuffle(images[1], step)
+            if order is not None and isinstance(self.source, Files):
+                # The process with an image's query decoded it, so its key crop changes processes.
+                images[1] = distributed.exchange(images[1], order, on_host[step])
             parameters = [draws[each] for draws, each in zip(drawn, rows, strict=True)]
             views = [make(*what) for make, *what in zip(self.views, images, parameters, colours, strict=True)]
             yield views, self.labels[rows[0]], order

@@ -99,39 +99,23 @@ def shuffle_images(images: Tensor, order: Tensor) -> Tensor:
     return all_gather(images)[my_rows(order)]
 
 
-class Shuffle:
-    """The shuffle of Shuffling BN: global row j of the result is global row orders[step, j] of the input.
-
-    Each row goes directly from the process that has it to the one that needs it, in one collective per step.
+def exchange(x: Tensor, order: Tensor, on_host: Tensor) -> Tensor:
+    """As shuffle_images, but each row goes directly from the process that has it to the one that needs it.
 
     Args:
-        orders: (steps, B) int64 on the CPU, permutations.
+        x: (n, ...), this process's rows. order: (world_size * n,) int64, a permutation of all rows, on x's device.
+        on_host: the same on the CPU: the sizes of what is sent are needed there, and reading `order` would wait.
     """
-
-    def __init__(self, orders: Tensor, device: torch.device):
-        processes = world_size()
-        if processes > 1:
-            steps, rows = len(orders), orders.shape[1] // processes
-            owner = orders // rows  # the process that has the new row j
-            sent = (
-                (owner == rank()).nonzero()[:, 1].view(steps, rows)
-            )  # the new rows that this process has, by receiver
-            wanted = owner.view(steps, processes, rows)[:, rank()]
-            self.sent = (sent // rows, (orders.gather(1, sent) - rank() * rows).to(device))
-            self.wanted = (wanted, wanted.argsort(dim=1, stable=True).argsort(1).to(device))
-        else:
-            self.orders = orders.to(device)
-
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        """(n, ...) on each process -> (n, ...)."""
-        processes = world_size()
-        if processes == 1:
-            return x[self.orders[step]]
-        receivers, rows = (part[step] for part in self.sent)
-        senders, places = (part[step] for part in self.wanted)
-        out, counts = torch.empty_like(x), [who.bincount(minlength=processes).tolist() for who in (senders, receivers)]
-        dist.all_to_all_single(out, x[rows].contiguous(), *counts)
-        return out[places]
+    if world_size() == 1:
+        return x[order]
+    me, by_process = rank(), (world_size(), len(x))
+    mine = (order // len(x) == me).int().argsort(descending=True, stable=True)[: len(x)]  # new rows that are here now
+    senders = order.view(by_process)[me] // len(x)
+    sent = (on_host // len(x) == me).view(by_process).sum(1).tolist()
+    received = (on_host.view(by_process)[me] // len(x)).bincount(minlength=world_size()).tolist()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x[order[mine] - me * len(x)], received, sent)
+    return out[senders.argsort(stable=True).argsort()]
 
 
 def barrier() -> None:

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from moco import checkpoint, datasets, evaluate, inference, launch, options
 from moco.checkpoint import LINEAR
@@ -28,7 +27,7 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/picture.png")
     args = parser.parse_args()
     out = args.out or args.run / "picture.png"
-    check_output(out, True, [f".{name}" for name in FigureCanvasAgg.get_supported_filetypes()])
+    check_output(out, True, [".png", ".jpg", ".pdf", ".svg"])
     draw(args.run, args.data, out)
     say(f"{out}")
 
@@ -46,6 +45,8 @@ def draw(run, folder, out):
     if linear:
         curve(axes["linear"], linear, "top1", xlabel="epoch of the linear classifier", ylabel="top-1 in %")
     scatter(axes["map"], points, labels, classes)
+    if len(classes) <= 20:
+        axes["map"].legend(markerscale=2, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes["map"].set_title("validation images: t-SNE of the frozen features")
     if confusion is not None:
         matrix(axes["confusion"], confusion, classes)
@@ -55,15 +56,13 @@ def draw(run, folder, out):
 
 def matrix(axes, confusion, classes):
     """The confusion matrix in percent of each class's images."""
-    rates = (100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy()
-    axes.imshow(rates, cmap="Blues", vmin=0, vmax=100)
-    axes.set(title="linear classifier: images of a class in %", xlabel="predicted", ylabel="class")
-    if len(classes) <= 20:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-        for row, column in np.argwhere(rates >= 0.5):
-            colour = "white" if rates[row, column] > 50 else "black"
-            axes.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    rates, few = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1), len(classes) <= 20
+    how = dict(cmap="Blues", im_kw=dict(vmin=0, vmax=100), include_values=few, values_format=".0f", colorbar=False)
+    display = ConfusionMatrixDisplay(rates.numpy(), display_labels=classes)
+    display.plot(ax=axes, xticks_rotation="vertical", text_kw=dict(fontsize=7), **how)
+    axes.set_title("linear classifier: images of a class in %")
+    if not few:
+        axes.set(xticks=[], yticks=[])
 
 
 def curve(axes, log, column, **labels):
@@ -96,13 +95,11 @@ def embedding(run, folder=None, most=2000):
     return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), names
 
 
-def scatter(axes, points, labels, classes, legend=True):
+def scatter(axes, points, labels, classes):
     colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "nipy_spectral"].resampled(len(classes))
     for label, name in enumerate(classes):
         axes.scatter(*points[labels == label].T, s=6, color=colours(label), label=name if len(classes) <= 20 else None)
     axes.set(xticks=[], yticks=[])
-    if legend and len(classes) <= 20:
-        axes.legend(markerscale=2, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ ROWS = {
     "out-cifar100": Row(*OUT, MOCO + OF_100, 1000, LINEAR + OF_100, 77.3, 93.0, "cifar100"),
     "suploss-cifar100": Row(*SUPLOSS, MOCO + OF_100, 1000, LINEAR + OF_100, 78.0, 93.2, "cifar100"),
 }
-NAMES = list(dict.fromkeys(row.name for row in ROWS.values()))
+BY_NAME = {row.name: row for row in ROWS.values()}  # rows of one name differ in epochs and data set only
+NAMES = list(BY_NAME)
 
 
 @cache
@@ -73,28 +74,27 @@ def recipe(row: Row) -> dict[str, dict]:
     """The options of a row's programs, as the checkpoints of its run hold them: {"pretrain": {...}, "linear": {...}}."""
     method = methods.ALL[row.script]
     parser = options.pretrain_parser("", method.add_options, method.defaults)
-    with mock.patch("sys.argv", [row.script, *row.linear.split()]):  # --recipe sets defaults
-        linear = options.linear_parser("").parse_args(row.linear.split())
     given = f"{row.options} --dataset {row.dataset} --seed 0 --epochs {row.epochs} data/"
-    found = options.resolve_pretraining(parser.parse_args(given.split()), torch.device("cpu"), "", {})
-    return {"pretrain": options.plain(found), "linear": options.plain(linear) | {"image_size": found.image_size}}
+    pretrain = options.resolve_pretraining(parser.parse_args(given.split()), torch.device("cpu"), "", {})
+    with mock.patch("sys.argv", [row.script, *row.linear.split()]):  # --recipe sets defaults
+        linear = options.linear_parser("").parse_args()
+    return {"pretrain": options.plain(pretrain), "linear": options.plain(linear) | {"image_size": pretrain.image_size}}
 
 
-# What a reader needs of a run's file (top1 and top5 once its linear evaluation is done) and of a benchmark's.
-RUN = dict(row=str, commands=list, options=dict, arch=str, dataset=str, hardware=dict, curve=list)
-RUN |= dict.fromkeys(["images", "epochs", "seed"], int)
-RUN |= dict.fromkeys(["pretrain_seconds", "linear_seconds"], int | float)
-RUN |= dict.fromkeys(["top1", "top5", "classifier_top1", "classifier_top5", "knn", "cpu_seconds"], int | float | None)
-BENCH = dict(hardware=dict, measured=str, command=str, views_ratio=int | float)
+# What the tables need of a run's file (top1 and top5 once its linear evaluation is done) and of a benchmark's, by kind.
+RUN = {str: "row arch dataset", list: "commands curve", dict: "options hardware", int: "images epochs seed"}
+SCORES = "top1 top5 classifier_top1 classifier_top5 knn cpu_seconds"
+RUN |= {int | float: "pretrain_seconds linear_seconds", int | float | None: SCORES}
+BENCH = {dict: "hardware", str: "measured command", float: "views_ratio"}
 
 
 def read(path):
     """The content of a run's or a benchmark's file; RunError: it is incomplete or wrong."""
     content = read_json(path)
-    kinds = BENCH if "views_ratio" in content else RUN
-    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
-    if wrong or content.get("row", NAMES[0]) not in NAMES:
-        raise RunError(f"'{path}': '{(wrong or ['row'])[0]}' is missing or wrong")
+    for kind, names in (BENCH if "views_ratio" in content else RUN).items():
+        for name in names.split():
+            if not isinstance(content.get(name), kind) or (name == "row" and content[name] not in NAMES):
+                raise RunError(f"'{path}': '{name}' is missing or wrong")
     return content
 
 

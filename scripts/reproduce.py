@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -49,26 +48,22 @@ def main():
         weights.verify(args.weights or ROOT / "pretrained", args.results, args.data)
         return
     for key in args.rows or ROWS:
-        if args.print:
-            for seed in args.seeds:
+        for seed in args.seeds:
+            if args.print:
                 say("\n".join(map(shlex.join, commands(key, args, seed, "RUN"))))
-        else:
-            scores = [reproduce(key, args, seed) for seed in args.seeds]
-            if len(scores) > 1:
-                mean, spread = statistics.mean(scores), statistics.stdev(scores)
-                say(f"{key}: top-1 {mean:.2f} +- {spread:.2f} over seeds {args.seeds}")
+            else:
+                reproduce(key, args, seed)
 
 
 def parse():
     parser = options.Parser(f"{__doc__}\nrows: {', '.join(ROWS)}")
     add = parser.add_argument
-    add("rows", nargs="*", metavar="ROW", help="rows to run; the data folder comes last")
+    add("words", nargs="*", metavar="ROW", help="rows to run, and the data folder (default: data/)")
     add("--print", action="store_true", help="show the command lines (of all rows, unless some are named), run nothing")
     add("--seeds", type=options.count, nargs="+", default=[0], metavar="N", help="one run for each (default: 0)")
     add("--small", action="store_true", help="resnet20, 60 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
-    add("--per-class", type=options.positive_int, metavar="N", help="only the first N training images of each class")
     add("--pretrain", default="", metavar="OPTIONS", help="more options for pretraining, in quotes")
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
@@ -78,84 +73,79 @@ def parse():
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
     for name in ("pretrain", "linear"):
+        text = getattr(args, name)
         try:
-            words = shlex.split(getattr(args, name))
+            setattr(args, name, shlex.split(text))
         except ValueError as error:
-            parser.error(f"--{name} {getattr(args, name)}: {error}")
-        setattr(args, name, [part for word in words for part in (word.split("=", 1) if word[:1] == "-" else [word])])
-    if {"-a", "--arch", "--epochs", "--per-class"} & {*args.pretrain}:
-        parser.error("-a, --epochs and --per-class are options of this script: name them outside of --pretrain")
-    *rows, last = args.rows or [""]
-    named = (
-        last and last not in ROWS and (rows or not args.print or Path(last).is_dir())
-    )  # to print a row needs no folder
-    args.data = args.rows.pop() if named else "data/"
-    unknown = [f"unknown row '{row}'" for row in args.rows if row not in ROWS]
-    args.rows = args.rows or [*SMALL_ROWS] * args.small
-    if unknown or not (args.rows or args.print or args.verify):
-        parser.error(f"{[*unknown, 'name a row'][0]}: the rows are {', '.join(ROWS)}; the data folder comes last")
+            parser.error(f"--{name} {text}: {error}")
+    if {"-a", "--arch", "--epochs"} & {*last_of_each(args.pretrain)}:
+        parser.error("-a and --epochs are options of this script: name them outside of --pretrain")
+    args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
+    others = [word for word in args.words if word not in ROWS]
+    args.data = others.pop() if others else "data/"
+    if others or not (args.rows or args.verify or (args.print and not args.words)):
+        problem = f"unknown row '{others[0]}'" if others else "name a row"
+        parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
     return args
 
 
 def commands(key, args, seed, folder):
     """The command lines of a run, pretraining first; each a list of words."""
     row = ROWS[key]
-    small = args.small and row.top1 is not None  # the rows of our own are small themselves
-    pretrain, linear = f"{row.options} --epochs {row.epochs}".split(), row.linear.split()
-    if small:
-        pretrain += [*SMALL.split(), "--lr", SMALL_LR.get(row.script, "0.6")]
-        linear += SMALL_LINEAR.split()
-    if args.epochs:
-        pretrain += ["--epochs", str(args.epochs)]
+    pretrain, linear = f"{row.options} --epochs {row.epochs}", row.linear
+    if args.small and row.top1 is not None:  # the rows of our own are small themselves
+        pretrain += f" {SMALL} --lr {SMALL_LR.get(row.script, '0.6')}"
+        linear += f" {SMALL_LINEAR}"
+    epochs = ["--epochs", str(args.epochs)] if args.epochs else []
     arch = ["-a", args.arch] if args.arch else []
-    part = ["--per-class", str(args.per_class)] if args.per_class else []
-    pretrain, linear = last_of_each(pretrain, arch, args.pretrain, part), last_of_each(linear, arch, args.linear, part)
+    pretrain = last_of_each([*pretrain.split(), *epochs, *arch, *args.pretrain])
+    linear = last_of_each([*linear.split(), *arch, *args.linear])
     common = ["--seed", str(seed), "--output-dir", str(folder), args.data]
     source = ["--pretrained", f"{folder}/{checkpoint.LAST}"]
     return [["python", row.script, *pretrain, *common], ["python", "main_lincls.py", *linear, *source, *common]]
 
 
-def last_of_each(*parts):
-    """Options with their values; of one that is given twice, the last."""
+def last_of_each(words):
+    """Options with their values; of one that is given twice, the last. "--lr=0.6" becomes two words."""
     found = {}
-    for word in chain(*parts):
+    for word in words:
         if word.startswith("-"):
-            found.pop(word, None)
-            found[name := word] = []
+            name, *value = word.split("=", 1)
+            found.pop(name, None)
+            found[name] = value
         elif found:
             found[name].append(word)
     return [word for name, values in found.items() for word in (name, *values)]
 
 
 def reproduce(key, args, seed):
-    """Runs what has not run yet, writes the run's file, returns the last epoch's top-1 accuracy."""
+    """Runs what has not run yet and writes the run's file."""
     if not Path(args.data).is_dir() and "--dataset" not in args.pretrain:
         raise UsageError(f"data folder '{args.data}' does not exist (make one, and CIFAR-10 is downloaded to it)")
-    row, pretrain = ROWS[key], commands(key, args, seed, "")[0]
+    pretrain = commands(key, args, seed, "")[0]
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
-    name = args.name or f"{arch}-{epochs}ep" + (f"-{args.per_class}pc" if args.per_class else "")
-    folder = args.runs / f"{key}-{name}-seed{seed}"
-    for place in (folder, args.results):  # before the hours of work that go there
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"'{place}' cannot be made: {error.strerror}") from None
+    name = f"{args.name or f'{arch}-{epochs}ep'}-seed{seed}"
+    folder = args.runs / f"{key}-{name}"
+    try:  # before the hours of work that go there
+        folder.mkdir(parents=True, exist_ok=True)
+        args.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"'{error.filename}' cannot be made: {error.strerror}") from None
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     begun = begin(folder, lines)
-    path = args.results / f"{key}-{begun['hardware']['name']}-{name}-seed{seed}.json"
+    path = args.results / f"{key}-{begun['hardware']['name']}-{name}.json"
     train(folder, lines[0], begun)
     if not (folder / LINEAR).exists():  # a run that is cut short from here on has a file, too
-        results.write_json(path, collect(folder, row, begun, seed))
+        results.write_json(path, collect(folder, key, begun, seed))
     train(folder, lines[1], begun)
     points, labels, classes = embedding(folder, args.data, most=1000)
-    x, y = ([round(float(value), 1) for value in column] for column in points.T)
-    result = collect(folder, row, begun, seed)
+    x, y = points.T.astype(float).round(1).tolist()
+    result = collect(folder, key, begun, seed)
     result["embedding"] = {"x": x, "y": y, "label": labels.tolist(), "classes": classes}
     if args.weights and seed == args.seeds[0]:
         result["weights"] = weights.write(folder, result, args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar")
     results.write_json(path, result)
     say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result.get('knn')}")
-    return result["top1"]
 
 
 def begin(folder, lines):
@@ -184,32 +174,30 @@ def train(folder, line, begun):
     if status == 2 and not (folder / checkpoint.LAST).exists():  # nothing has begun: correct the options and repeat
         (folder / "begun.json").unlink()
     if status:
-        more = "; the same command continues it" if status != 2 else ""
-        raise RunError(f"{script} ended with status {status}{more}")
+        raise RunError(f"{script} ended with status {status}" + "; the same command continues it" * (status != 2))
 
 
-def collect(folder, row, begun, seed):
+def collect(folder, key, begun, seed):
     """The content of a run's file, from its logs and its last checkpoints: without top1 before the linear evaluation."""
     files = {"pretrain": folder / checkpoint.LAST, "linear": folder / LINEAR}
     saved = {program: checkpoint.load(file)["options"] for program, file in files.items() if file.exists()}
     curve, linear = numbers(folder / "log.csv"), numbers(folder / "linear.csv")
-    own, last = curve[-1], linear[-1] if linear else {}  # cross entropy has a classifier of its own
+    own, last = curve[-1], linear[-1] if linear else {}  # some methods have a classifier of their own
     best = max(linear, key=lambda row: row["top1"], default={})
     result = {
-        "row": row.name,
+        "row": ROWS[key].name,
         **begun,  # with its commands
         "options": saved,
         "seed": seed,
-        **{name: saved["pretrain"][name] for name in ("arch", "precision", "images", "epochs", "batch_size")},
+        **{name: saved["pretrain"][name] for name in ("arch", "images", "epochs", "batch_size")},
         "dataset": dataset(saved["pretrain"]),
-        "linear_epochs": len(linear),
         "pretrain_seconds": round(sum(row["seconds"] for row in curve), 1),
         "linear_seconds": round(sum(row["seconds"] for row in linear), 1),
         "images_per_second": round(statistics.median(row["images_per_second"] for row in curve), 1),
         **{name: last.get(name) for name in ("top1", "top5")},
         **{f"best_{name}": best.get(name) for name in ("top1", "top5")},
         **{f"classifier_{name}": own.get(name) for name in ("top1", "top5")},
-        "knn": next((row["knn"] for row in reversed(curve) if "knn" in row), None),
+        "knn": own.get("knn"),
         "curve": curve,
         "measured": time.strftime("%Y-%m-%d"),
     }
@@ -241,8 +229,9 @@ def call(command):
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    asked.append(max(0, -status))
-    return status if status > 0 else 128 + asked[0] if asked[0] else 0
+    if status < 0:  # a signal has ended it
+        asked.append(-status)
+    return status if status > 0 or not asked else 128 + asked[0]
 
 
 def dataset(saved):

@@ -17,7 +17,7 @@ def write(run: Path, result: dict, path: Path) -> dict:
     """Writes the last epoch's encoder and classifier of a finished run, and says where and with which checksum.
 
     Args:
-        run: the run's folder. result: its top1, top5 and linear_epochs. path: of the file.
+        run: the run's folder. result: its top1 and top5. path: of the file.
     """
     pretraining, saved = checkpoint.load(run / checkpoint.LAST), checkpoint.load(run / LINEAR)
     kept = {name: pretraining["options"][name] for name in KEPT}
@@ -25,7 +25,7 @@ def write(run: Path, result: dict, path: Path) -> dict:
         "epoch": saved["epoch"],
         "arch": saved["arch"],
         "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved, run)),
-        "best": {"top1": result["top1"], "top5": result["top5"], "epoch": result["linear_epochs"] - 1},
+        "best": {"top1": result["top1"], "top5": result["top5"], "epoch": saved["epoch"] - 1},
         "options": kept | {"centre_crop": saved["options"]["centre_crop"]},
     }
     checkpoint.save(path, content)

@@ -15,8 +15,8 @@ from moco.run import read_log
 
 def test_a_row_is_interrupted_and_goes_on(tmp_path):
     """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
-    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
-    words = ["in-200", "-a", "resnet20", "--epochs", "200", "--per-class", "16", "--name", "tiny"]
+    small = "--dataset digits --per-class 16 --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
+    words = ["in-200", "-a", "resnet20", "--epochs", "200", "--name", "tiny"]
     words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
@@ -79,9 +79,9 @@ def test_rows_and_recipes(run):
 
 def test_a_row_scaled_down(run, tmp_path):
     where = f"--runs {tmp_path}/runs --results {tmp_path}/results"
-    small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 --knn-freq 2"
-    words = ["in-200 -a resnet20 --epochs 2 --per-class 16 --name tiny", where, f"--pretrain '{small}'"]
-    words.append("--linear '--dataset digits --epochs 2 -b 32'")
+    small = "--dataset digits --per-class 16 --image-size 8 -b 32 --moco-k 64 --warm-up 1 --knn-freq 2"
+    words = ["in-200 -a resnet20 --epochs 2 --name tiny", where, f"--pretrain '{small}'"]
+    words.append("--linear '--dataset digits --per-class 16 --epochs 2 -b 32'")
     obstacle = tmp_path / "runs/in-200-tiny-seed0/linear_last.pth.tar.tmp"
     obstacle.mkdir(parents=True)
     assert "main_lincls.py ended with status 1; the same" in run("scripts/reproduce.py", *words).err

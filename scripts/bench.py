@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -21,81 +22,77 @@ import torch.nn.functional as F
 from PIL import Image
 
 from moco import augment, batches, builder, datasets, distributed, encoders, launch, methods, options, pretrain
+from output import check_output
 from reproduce import conditions
 from results import write_json
 
-IMAGES, CLASSES = 4096, 10
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 # As in the README's commands, but for one epoch that is as long as the measurement.
 LOOP = "--dataset cifar10 --lr 0.03 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos --warm-up 0 --epochs 1 --seed 0"
 
 
+@launch.reporting()
 def main():
-    gpu = torch.cuda.is_available()
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="skip the time of a step by batch and queue: minutes on two cores")
-    add("-a", "--arch", default="resnet50" if gpu else "resnet18", help="default: %(default)s")
-    add("-b", "--batch-size", type=options.positive_int, default=256 if gpu else 128, help="default: %(default)s")
+    add("-a", "--arch", default="resnet50" if GPU else "resnet18", help="default: %(default)s")
+    add("-b", "--batch-size", type=options.positive_int, default=256 if GPU else 128, help="default: %(default)s")
     add("--rounds", type=options.positive_int, default=3, help="repetitions of each comparison (default: 3)")
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--profile", type=Path, metavar="FILE", help="only write a PyTorch trace of five steps of the loop")
     args = parser.parse_args()
-    for name in ("out", "profile"):
-        if (path := getattr(args, name)) and not path.parent.is_dir():
-            parser.error(f"there is no folder '{path.parent}' for --{name}")
-    case = ["-a", args.arch, "-b", str(args.batch_size)] + ["--precision", "bf16", "--compile"] * gpu
+    for path in filter(None, (args.out, args.profile)):
+        check_output(path, force=True)
+    case = ["-a", args.arch, "-b", str(args.batch_size)] + ["--precision", "bf16", "--compile"] * GPU
     if args.profile:
-        trace(case, args.profile, gpu)
-        return
-    figures = {**conditions(), "measured": time.strftime("%Y-%m-%d")}
-    figures["command"] = " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
+        return trace(case, args.profile)
+    command = " ".join(["python", "scripts/bench.py", *sys.argv[1:]])
+    figures = {**conditions(), "measured": time.strftime("%Y-%m-%d"), "command": command}
     print(f"on {figures['hardware']['device']}, {figures['hardware']['cores']} cores, torch {torch.__version__}")
-
-    def show(key, value, title):
+    parts = [bench_views(args.rounds), bench_folder(args.rounds), bench_loop(case, args)]
+    for key, title, value in chain(*parts, [] if args.quick else bench_growth(case)):
         figures[key] = value
         if args.out:  # as far as it has come: a run may be cut short
             write_json(args.out, figures)
         print(f"{title:<72} {value:>12,.2f}", flush=True)
 
-    bench_views(show, gpu, args.rounds)
-    bench_folder(show, args.rounds)
-    bench_loop(show, case, args, gpu)
-    if not args.quick:
-        bench_growth(show, case, gpu)
-
 
 def synthetic(count):
     """`count` random images, of which 4,096 differ."""
-    rng = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=rng)
-    chosen = torch.arange(count) % IMAGES
-    return datasets.Split(chosen % CLASSES, [str(c) for c in range(CLASSES)], images[chosen])
+    images = torch.randint(256, (4096, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return datasets.Split(torch.arange(4096) % 10, [str(c) for c in range(10)], images).repeated(count)
 
 
-def bench_views(show, gpu, rounds):
+# Each of these yields (key, title, value) as soon as it is measured.
+
+
+def bench_views(rounds):
     """Two views per image: torchvision on PIL images on one core, against batches on this device (one core of a CPU)."""
-    images, statistics, rng = synthetic(256).images, datasets.CIFAR10, torch.Generator().manual_seed(0)
-    recipe, device = augment.AUG_PLUS, torch.device("cuda" if gpu else "cpu")
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    transform, views = recipe.transform(*statistics), augment.Views(recipe, *statistics, device, compile=gpu)
-    on_device, times = images.to(device), 100 if gpu else 4
-    parameters = [recipe.draw(256, 32, 32, rng).to(device) for _ in range(2)]
+    split, statistics, rng = synthetic(256), datasets.CIFAR10, torch.Generator().manual_seed(0)
+    recipe, times = augment.AUG_PLUS, 100 if GPU else 4
+    transform, views = recipe.transform(*statistics), augment.Views(recipe, *statistics, DEVICE, compile=GPU)
+    pictures, images = [split.pillow(i) for i in range(len(split))], split.images.to(DEVICE)
+    parameters = [recipe.draw(len(split), 32, 32, rng).to(DEVICE) for _ in range(2)]
 
     def theirs():
         for picture in pictures:
             transform(picture), transform(picture)
+        return len(split)
 
     def ours():
         for drawn in parameters * times:
-            views(on_device, drawn, recipe.draw_order(rng))
+            views(images, drawn, recipe.draw_order(rng))
+        return len(split) * times
 
-    cores, where = (distributed.cores(), "this GPU") if gpu else (1, "one core")
-    theirs = (theirs, 256, "views_pil_per_core", "two PIL views on one core, images/s")
-    ours = (ours, 256 * times, "views_batched", f"two batched views on {where}, images/s")
-    compare(theirs, ours, ("views_ratio", f"  ratio to {cores} core(s) of PIL views"), show, rounds, cores)
+    batched, ratio = compare(theirs, ours, rounds)
+    cores = distributed.cores() if GPU else 1
+    yield "views_batched", f"two batched views on {'this GPU' if GPU else 'one core'}, images/s", batched
+    yield "views_ratio", f"  ratio to torchvision's on PIL images on {cores} core(s)", ratio / cores
 
 
-def bench_folder(show, rounds, count=24):
+def bench_folder(rounds, count=24):
     """A JPEG of 500 x 375 on one core, decoded once: to two finished views of 224 by torchvision on PIL, or to the two uint8
     crops that a data-loading worker makes. The rest of their views is batched, on the training device, and not counted."""
     recipe, rng = replace(augment.AUG_PLUS, size=224), torch.Generator().manual_seed(0)
@@ -114,68 +111,66 @@ def bench_folder(show, rounds, count=24):
             for path in paths:
                 image = datasets.open_image(path)
                 transform(image), transform(image)
+            return count
 
         def ours():
             for i in range(count):
                 crops[0, i]
+            return count
 
-        theirs = (theirs, count, "folder_pil_per_core", "a JPEG to two PIL views of 224 on one core, images/s")
-        ours = (ours, count, "folder_crops_per_core", "a JPEG to two uint8 crops of 224 on one core, images/s")
-        compare(theirs, ours, ("folder_ratio", "  ratio (the rest of our views is not counted)"), show, rounds)
+        cropped, ratio = compare(theirs, ours, rounds)
+    yield "folder_crops_per_core", "a JPEG to two uint8 crops of 224 on one core, images/s", cropped
+    yield "folder_ratio", "  ratio to two views of torchvision's (the rest of ours is not counted)", ratio
 
 
-def compare(theirs, ours, ratio, show, rounds, cores=1):
-    """Shows images/s of two functions, timed by turns with one thread, and the median of their ratio.
+def compare(theirs, ours, rounds):
+    """Images/s of `ours`, and its ratio to `theirs`: medians over rounds. Each returns how many images it has made.
 
-    theirs, ours: function, images, key, title. ratio: key, title; it is to `cores` times theirs.
+    They run by turns, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ours[0]()  # every operation is compiled
-    pairs = [[images / seconds(work) for work, images, *_ in (theirs, ours)] for _ in range(rounds)]
+    ours()  # every operation is compiled
+    pairs = [(speed(theirs), speed(ours)) for _ in range(rounds)]
     torch.set_num_threads(threads)
-    for (*_, key, title), speeds in zip((theirs, ours), zip(*pairs, strict=True), strict=True):
-        show(key, median(speeds), title)
-    show(ratio[0], median(b / a for a, b in pairs) / cores, ratio[1])
+    return median(second for _, second in pairs), median(second / first for first, second in pairs)
 
 
-def seconds(work):
+def speed(work):
     start = now()
-    work()
-    return now() - start
+    return work() / (now() - start)
 
 
 def now():
     """The time in seconds at which the device has done what it was given."""
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def bench_loop(show, case, args, gpu):
+def bench_loop(case, args):
     """The whole loop against the bare encoders: by turns, a few steps of one and a few of the other."""
-    turn, turns = (20, 5 * args.rounds) if gpu else (1, args.rounds + 1)  # steps, and how often
-    step, bare_times = bare(args.arch, args.batch_size, gpu), []
+    turn, turns = (20, 5 * args.rounds) if GPU else (1, args.rounds + 1)  # steps, and how often
+    step, bare_speeds = bare(args.arch, args.batch_size), []
 
     def between(i):
-        bare_times.append(seconds(lambda: [step() for _ in range(turn)]))
+        bare_speeds.append(speed(lambda: sum(step() for _ in range(turn))))
 
     loop_times = loop(case, turn, turns, between)
     # The fastest turn of each: what else runs on the machine only adds to a turn.
-    speeds = [turn * args.batch_size / min(times) for times in (bare_times, loop_times)]
-    show("bare_images_per_second", speeds[0], f"bare encoders, {args.arch}, batch {args.batch_size}, images/s")
-    show("images_per_second", speeds[1], "whole loop of main_moco_out.py, images/s")
-    show("loop_over_bare", speeds[1] / speeds[0], "  ratio")
+    whole = turn * args.batch_size / min(loop_times)
+    yield "images_per_second", f"loop of main_moco_out.py, {args.arch}, batch {args.batch_size}, images/s", whole
+    yield "loop_over_bare", "  ratio to the bare encoders", whole / max(bare_speeds)
 
 
-def bench_growth(show, case, gpu):
+def bench_growth(case):
     """Milliseconds of a step, by batch and by queue."""
-    steps = 40 if gpu else 6
+    steps = 40 if GPU else 6
     for batch, queue in ((64, 4096), (512, 4096), (256, 4096), (256, 16384), (256, 65536)):
         torch._dynamo.reset()  # a second size would have it make programs for any size, which are slower
         (taken,) = loop([*case, "-b", str(batch), "--moco-k", str(queue)], steps, 1)
         title = f"a step, batch {batch}, queue {queue:,}, ms"
-        show(f"step_ms_batch_{batch}_queue_{queue}", 1000 * taken / steps, title)
+        yield f"step_ms_batch_{batch}_queue_{queue}", title, 1000 * taken / steps
 
 
 def loop(words, turn, turns, between=lambda i: None):
@@ -187,7 +182,7 @@ def loop(words, turn, turns, between=lambda i: None):
         the seconds of each turn of `turn` steps. The first steps, which compile and warm up, are not in them.
     """
     args = options.pretrain_parser("", methods.OUT.add_options).parse_args([*LOOP.split(), *words, "data/"])
-    skipped = 10 if args.compile else 3 if torch.cuda.is_available() else 1
+    skipped = 10 if args.compile else 3 if GPU else 1
     step, begins, ends = -skipped, [], []
 
     class Timed(builder.MoCoOut):
@@ -212,42 +207,43 @@ def loop(words, turn, turns, between=lambda i: None):
     return [end - begin for begin, end in zip(begins[:-1], ends[1:], strict=True)]
 
 
-def bare(arch, batch, gpu):
-    """A function that takes one step of what any implementation needs: query forward and backward, key forward, SGD."""
-    device = torch.device("cuda" if gpu else "cpu")
+def bare(arch, batch):
+    """A function that takes one step of what any implementation needs, and returns the number of images.
+
+    The step is the queries' forward and backward pass, the keys' forward pass, and SGD.
+    """
     torch.manual_seed(0)
-    model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(device, memory_format=torch.channels_last).train()
+    model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(DEVICE, memory_format=torch.channels_last).train()
     query, key = model.encoder_q, model.encoder_k
-    if gpu:
+    if GPU:
         query.compile()
         key.compile()
     optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
-    views = [torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    views = [torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last) for _ in range(2)]
+    own = torch.arange(batch, device=DEVICE)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             with torch.no_grad():  # first, as in the loop: their activations are freed before the queries'
                 keys = F.normalize(key(views[1]).float(), dim=1)
             queries = F.normalize(query(views[0]).float(), dim=1)
-            loss = F.cross_entropy(
-                queries @ keys.T / 0.2, torch.arange(batch, device=device)
-            )  # gradients of the loop's size
+            loss = F.cross_entropy(queries @ keys.T / 0.2, own)  # gradients of the loop's size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return batch
 
-    for _ in range(10 if gpu else 1):
+    for _ in range(10 if GPU else 1):
         step()
     return step
 
 
-def trace(case, path, gpu):
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
+def trace(case, path):
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
     profiler = torch.profiler.profile(activities=activities)
-
     loop(case, 5, 1, lambda i: profiler.stop() if i else profiler.start())
     profiler.export_chrome_trace(str(path))
-    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    order = f"self_{DEVICE.type}_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
     print(f"{path}: open it at https://ui.perfetto.dev")
 

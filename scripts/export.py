@@ -11,6 +11,7 @@ The input is an image as `moco.load_encoder`'s `preprocess` makes it. The file h
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,17 +25,17 @@ from output import check_output, writing
 NEEDS = {".pth": [], ".safetensors": ["safetensors"], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
 
-class FeaturesAndLogits(nn.Module):
-    """(N, 3, H, W) -> features (N, width) and, with a classifier, logits (N, classes)."""
+class Outputs(nn.Module):
+    """(N, 3, H, W) -> features (N, width) and, with a classifier, logits (N, classes): a tuple."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.classifier, network.fc = network.fc, nn.Identity()
-        self.encoder = network
+        self.encoder = copy.deepcopy(network)
+        self.classifier, self.encoder.fc = self.encoder.fc, nn.Identity()
 
-    def forward(self, images: torch.Tensor):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         features = self.encoder(images)
-        return features if isinstance(self.classifier, nn.Identity) else (features, self.classifier(features))
+        return (features,) if isinstance(self.classifier, nn.Identity) else (features, self.classifier(features))
 
 
 @launch.reporting()
@@ -46,51 +47,55 @@ def main():
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT if it exists")
     args = parser.parse_args()
-    if missing := [name for name in NEEDS.get(args.out.suffix.lower(), []) if not find_spec(name)]:
+    suffix = args.out.suffix.lower()
+    if missing := [name for name in NEEDS.get(suffix, []) if not find_spec(name)]:
         raise UsageError(f'{args.out.suffix} needs {missing[0]}: pip install -e ".[export]"')
     check_output(args.out, args.force, NEEDS)
     network, centre, classes = inference.load(args.checkpoint)
+    network.requires_grad_(False)
     images = torch.randn(7, 3, centre.size, centre.size, generator=torch.Generator().manual_seed(0))
-    export = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[args.out.suffix.lower()]
     with writing(args.out) as tmp:
-        worst = export(network, images, tmp)
+        read_back = {".pth": to_pth, ".safetensors": to_safetensors, ".onnx": to_onnx}[suffix](network, images, tmp)
+        worst = max(difference(Outputs(network), read_back, batch) for batch in (images, images[:1]))
     what = "encoder" if classes is None else f"encoder and classifier of {len(classes)} classes"
     say(f"{args.out}: {what}; largest relative difference on a batch of {len(images)}: {worst:.1e}")
 
 
-def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> float:
-    content = io.BytesIO()  # written as bytes: torch, safetensors and ONNX have errors of their own for a full disk
+def difference(first: Callable, second: Callable, images: torch.Tensor) -> float:
+    """The largest relative difference between the outputs of two functions."""
+    pairs = zip(first(images), second(images), strict=True)
+    return max(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs)
+
+
+# Each writes a file and returns the function that is in it, from images to the tuple of Outputs. The file is written as
+# bytes: torch, safetensors and ONNX have errors of their own for a full disk.
+
+
+def to_pth(network: nn.Module, images: torch.Tensor, path: Path) -> Callable:
+    content = io.BytesIO()
     torch.save(network.state_dict(), content)
     path.write_bytes(content.getbuffer())
-    return compared(network, images, torch.load(path, weights_only=True))
+    return with_weights(network, torch.load(path, weights_only=True))
 
 
-def to_safetensors(network: nn.Module, images: torch.Tensor, path: Path) -> float:
+def to_safetensors(network: nn.Module, images: torch.Tensor, path: Path) -> Callable:
     from safetensors.torch import load_file, save
 
     path.write_bytes(save({name: value.contiguous() for name, value in network.state_dict().items()}))
-    return compared(network, images, load_file(path))
+    return with_weights(network, load_file(path))
 
 
-@torch.no_grad()
-def compared(network: nn.Module, images: torch.Tensor, state: dict) -> float:
-    """The largest relative difference between a network and one that has its weights from a file."""
+def with_weights(network: nn.Module, state: dict) -> Callable:
     other = copy.deepcopy(network)
-    for parameter in other.parameters():
-        parameter.zero_()
     other.load_state_dict(state)
-    return difference(network(images), other(images))
+    return Outputs(other)
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).abs().max() / ours.abs().max())
-
-
-def to_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
+def to_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> Callable:
     import onnxruntime
 
-    network = FeaturesAndLogits(network).eval()
-    names = ["features"] if isinstance(network.classifier, nn.Identity) else ["features", "logits"]
+    network = Outputs(network).eval()
+    names = ["features", "logits"][: len(network(images))]
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             network,
@@ -103,14 +108,7 @@ def to_onnx(network: nn.Module, images: torch.Tensor, path: Path) -> float:
         )
     path.write_bytes(program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    worst = 0.0
-    for batch in (images, images[:1]):
-        with torch.no_grad():
-            ours = network(batch)
-        theirs = session.run(names, {"images": batch.numpy()})
-        for one, other in zip(ours if len(names) > 1 else [ours], theirs, strict=True):
-            worst = max(worst, difference(one, torch.from_numpy(other)))
-    return worst
+    return lambda batch: [torch.from_numpy(output) for output in session.run(names, {"images": batch.numpy()})]
 
 
 if __name__ == "__main__":

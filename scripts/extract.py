@@ -12,7 +12,6 @@ relative to the folder, or the images' numbers. For labelled images it also prin
 
 import math
 import os
-import shutil
 import tempfile
 import threading
 from collections import Counter
@@ -50,29 +49,24 @@ def main():
     add("--split", choices=("train", "val"), help="which images of a data set (default: val)")
     add("-b", "--batch-size", type=options.positive_int, default=256, metavar="N", help="default: 256")
     add("-j", "--workers", type=options.count, default=8, metavar="N", help="data-loading workers (default: 8)")
-    add("--neighbours", type=options.positive_int, metavar="K", help="for --picture (default: 8)")
-    add("--picture", type=Path, metavar="FILE.png", help="a sheet of images beside their nearest neighbours")
+    add("--picture", type=Path, metavar="FILE.png", help="a sheet of images beside their eight nearest neighbours")
     add("--projector", type=Path, metavar="DIR", help="new folder for TensorBoard's embedding projector")
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
     check_output(args.out, args.force)
     if args.picture:
-        Image.init()
-        suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.SAVE}
-        check_output(args.picture, args.force, suffixes)
+        check_output(args.picture, args.force, [".png", ".jpg"])
     if args.projector:
         check_output(args.projector, force=False)
-    if args.neighbours and not args.picture:
-        raise UsageError("--neighbours needs --picture FILE.png")
     extract(args, *images(args), launch.choose_device())
 
 
 def images(args) -> tuple[datasets.Split, list[str]]:
     """The images, with their labels, and their names."""
-    is_folder = args.data is not None and Path(args.data).is_dir()
-    if args.dataset == "folder" and not is_folder:
+    name, is_folder = args.dataset, args.data is not None and Path(args.data).is_dir()
+    if name == "folder" and not is_folder:
         raise UsageError(f"--dataset folder needs a folder, after the checkpoint; '{args.data or ''}' is not a folder")
-    if args.dataset == "folder" or (args.dataset == "auto" and is_folder and not is_data_set(args.data)):
+    if name == "folder" or (name == "auto" and is_folder and not is_data_set(args.data)):
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")
         skipped = Counter()
@@ -80,8 +74,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         datasets.announce(skipped, args.data)
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
-        name = datasets.resolve(args.dataset, args.data)
-        split = datasets.load(name, args.data, args.split == "train", in_memory=False)
+        split = datasets.load(datasets.resolve(name, args.data), args.data, args.split == "train", in_memory=False)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]
     return split, [os.path.relpath(path, args.data) for path in split.paths]
@@ -89,10 +82,9 @@ def images(args) -> tuple[datasets.Split, list[str]]:
 
 def is_data_set(folder: str) -> bool:
     """Are there class folders in train/, val/ or test/, or is it CIFAR's?"""
-    inside = [Path(folder, split) for split in datasets.SPLITS if Path(folder, split).is_dir()]
-    if inside:
-        return any(entry.is_dir() for path in inside for entry in path.iterdir())
-    return bool(os.listdir(folder) and datasets.candidates(folder))
+    if (names := datasets.candidates(folder)) == ["imagefolder"]:
+        return any(any(Path(folder).glob(f"{split}/*/")) for split in datasets.SPLITS)
+    return bool(names and os.listdir(folder))
 
 
 def extract(args, split: datasets.Split, paths: list[str], device: torch.device) -> None:
@@ -100,19 +92,18 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
     encoder.fc = nn.Identity()
     encoder.to(device)
     with writing(args.out) as tmp, tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        raw, width = Path(folder, "features"), None  # on disk: there may be more of them than fit into memory
+        raw = Path(folder, "features")  # on disk: there may be more of them than fit into memory
         with open(raw, "wb") as file, torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
             for batch, _ in Centres(split, centre, args.batch_size, device, args.workers):
                 found = encoder(batch).float().cpu().numpy()
                 file.write(np.ascontiguousarray(found))  # not into a map: on a full disk that ends the process
-                width = found.shape[1]
                 bar.update(len(found))
-        features = np.memmap(raw, np.float32, "r", shape=(len(split), width))
+        features = np.memmap(raw, np.float32, "r").reshape(len(split), -1)
         with open(tmp, "wb") as file:
             np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))
         if args.picture:
             with writing(args.picture) as picture:
-                sheet(split, features, args.neighbours or 8).save(picture)
+                sheet(split, features).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
     search(features, split.labels, device)
     if args.projector:
@@ -176,16 +167,11 @@ def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: li
     thumbnails = [ImageOps.fit(split.pillow(i), (THUMBNAIL // 2, THUMBNAIL // 2)) for i in chosen]
     images = torch.stack([datasets.pixels(image) for image in thumbnails]).float() / 255
     threading.excepthook = all_but_os_errors
-    with writing(folder) as tmp:
-        try:
-            with SummaryWriter(tmp) as writer:
-                writer.add_embedding(features[chosen], rows, images, metadata_header=["class", "path"])
-        except OSError:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise
+    with writing(folder) as tmp, SummaryWriter(tmp) as writer:
+        writer.add_embedding(features[chosen], rows, images, metadata_header=["class", "path"])
 
 
-def sheet(split: datasets.Split, features: np.ndarray, neighbours: int, rows: int = 10) -> Image.Image:
+def sheet(split: datasets.Split, features: np.ndarray, neighbours: int = 8, rows: int = 10) -> Image.Image:
     """Images, evenly spread over the split, each at the left of its row, then its nearest neighbours by cosine."""
     norms = np.linalg.norm(features, axis=1).clip(1e-12)
     chosen = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)

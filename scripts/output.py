@@ -1,6 +1,7 @@
 """Output files of the scripts: checked before the work, and never half-written."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -41,5 +42,6 @@ def writing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"'{path}' cannot be written: {error.strerror or error}") from None
     finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # a folder
         with suppress(OSError):
-            tmp.unlink(missing_ok=True)
+            tmp.unlink()

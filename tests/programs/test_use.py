@@ -55,7 +55,7 @@ def test_preprocess_takes_any_image(trained):
 def test_extract(run, trained, folder, tmp_path):
     data, last, _ = trained
     out = tmp_path / "features.npz"
-    done = run("scripts/extract.py", last, data, "--out", out, "--neighbours 3 --picture", tmp_path / "sheet.png")
+    done = run("scripts/extract.py", last, data, "--out", out, "--picture", tmp_path / "sheet.png")
     assert done.status == 0, done.err
     found = np.load(out)
     encoder, preprocess = moco.load_encoder(last)
@@ -63,7 +63,7 @@ def test_extract(run, trained, folder, tmp_path):
         wanted = encoder(torch.stack([preprocess(Image.open(data / path)) for path in found["paths"]]))
     assert np.allclose(found["features"], wanted, rtol=1e-4, atol=1e-5) and found["features"].dtype == np.float32
     assert found["labels"].tolist() == [0] * 5 + [1] * 5 and found["paths"][0] == "val/cat/0.png"
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 66 + 8, 10 * 66)
+    assert Image.open(tmp_path / "sheet.png").size == (9 * 66 + 8, 10 * 66)
     done = run("scripts/extract.py", last, data / "train", "--out", out, "--force")  # any folder of images
     found = np.load(out)
     assert len(found["features"]) == 16 and set(found["labels"]) == {-1} and "dog/7.png" in found["paths"]

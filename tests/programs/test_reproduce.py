@@ -17,7 +17,7 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
     """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
     small = "--dataset digits --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
     words = ["in-200", "-a", "resnet20", "--epochs", "200", "--per-class", "16", "--name", "tiny"]
-    words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
+    words += ["--pretrain", f"'{small}'", "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert ("continuing at epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)

@@ -40,7 +40,7 @@ def test_a_disk_that_fills_up_stops_the_run(run, tmp_path, monkeypatch):
 
 def test_an_output_folder_that_is_a_file(run, tmp_path):
     (tmp_path / "out").touch()
-    refused(run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path / "out"), 1, "out")
+    refused(run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path / "out"), 1, tmp_path / "out")
 
 
 def test_two_runs_in_one_folder(run, folder, tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from helpers import (
     error_line,
     free_port,
     refused,
-    run_process,
     start,
     until,
 )
@@ -173,13 +172,6 @@ def test_the_options_in_the_sbatch_file():
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert options["signal"] == "USR1@120" and "requeue" in options and options["open-mode"] == "append"
-
-
-def test_processes_that_cannot_share_a_batch(tmp_path):
-    done = run_process("main_moco.py", TINY_MOCO, "--epochs 1 -b 31 --output-dir", tmp_path)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "error: -b 31" in line]
-    assert len(lines) == 1 and "2 processes" in lines[0], done.stderr
 
 
 def test_a_port_in_use(run, monkeypatch):

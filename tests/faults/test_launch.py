@@ -93,7 +93,7 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_survivor_that_nothing_wakes_is_ended(victim):
+def test_a_hanging_survivor_is_killed(victim):
     """With NCCL, a survivor can block in a collective and ignore SIGTERM: its launcher kills it."""
     started = time.monotonic()
     run = start("tests/subprocesses/sleeper.py", free_port(), victim)

@@ -1,9 +1,9 @@
-# make demo    a label-aware MoCo on scikit-learn's digits, its linear classifier, a picture of both (minutes on a CPU)
-# make test    the tests
-# make check   lint and format
-# make report  README's table and figures, from results/
+# make demo    train a label-aware MoCo and a linear classifier on scikit-learn's digits, and plot them (minutes on a CPU)
+# make test    run the tests
+# make check   lint and check the format
+# make report  rewrite the tables and figures of README.md and docs/ from results/
 #
-# Each makes a virtual environment in .venv first, with this project and requirements.txt in it. PYTHON=... chooses the interpreter.
+# Each target first creates .venv and installs this project in it. PYTHON=... chooses the interpreter.
 
 PYTHON ?= python3
 BIN = .venv/bin

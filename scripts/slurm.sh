@@ -1,11 +1,11 @@
 #!/bin/bash
-# Trains under SLURM, one task per GPU, on as many nodes as it is given:
+# Trains under SLURM on one or more nodes, with one task per GPU:
 #
 #     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.12 -b 256 ... data/
 #
-# From the folder of the repository, with the Python environment activated. Without a command it trains the README's.
-# Two minutes before the time limit the run saves its step and the job is queued again; it continues from there, as
-# it does after preemption and after the failure of a node. See docs/clusters.md.
+# Submit it from the repository's folder with the Python environment activated. Without arguments it trains Out as in
+# the README. Two minutes before the time limit the run saves its step and the job is requeued. It then continues from
+# that step, as it does after preemption or a node failure. See docs/clusters.md.
 #
 #SBATCH --job-name=moco
 #SBATCH --nodes=1
@@ -24,13 +24,13 @@ fi
 script=$1
 shift
 
-# The job keeps its number when it is queued again, so it finds its checkpoint.
+# A requeued job keeps its ID, so it finds its checkpoint.
 out=runs/slurm-$SLURM_JOB_ID
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
-# Each task describes itself as torchrun would. exec: signals and the exit status are the program's, not a shell's.
+# Each task sets torchrun's variables. With exec, the program itself gets the signals and gives the exit status, not a shell.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
@@ -38,7 +38,7 @@ srun --kill-on-bad-exit=1 bash -c '
     exec "$@"' task "${PYTHON:-python}" "$script" --output-dir "$out" --resume auto "$@"
 status=$?
 
-if [ $status -eq 138 ]; then # SIGUSR1: saved, with work left
+if [ $status -eq 138 ]; then # stopped by SIGUSR1: saved, but not finished
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

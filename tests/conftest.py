@@ -1,13 +1,13 @@
 import os
 import runpy
-import shlex
 import shutil
 import sys
 from types import SimpleNamespace
 
-if not any("test_gpu" in word for word in sys.argv):  # the others compare bits, and start more processes than GPUs
+# Only test_gpu uses a GPU: other tests compare bit by bit, and start more processes than there are GPUs.
+if not any("test_gpu" in arg for arg in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Before torch: networks this small gain nothing from threads, and the tests start processes that share cores.
+# Set before torch is imported: threads do not speed up such small networks, and the processes of a test share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,19 +16,18 @@ import pytest
 from PIL import Image
 
 pytest.register_assert_rewrite("helpers")
-from helpers import ROOT, SIZES, TINY_FOLDER, photo  # noqa: E402
+from helpers import ROOT, SIZES, TINY_FOLDER, photo, split  # noqa: E402
 
-# The scripts are run in processes of their own, too; the programs in subprocesses/ import the helpers.
+# Tests also run scripts in processes of their own, and the programs in subprocesses/ import the helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """run("main_moco.py", "--epochs 2 ...") runs a script in this process: status, out, err."""
+    """run("main_moco.py", "--epochs 2 ...") runs a script in this process and returns its status, out and err."""
 
-    def call(script, *words):
-        words = [piece for word in words for piece in (shlex.split(word) if isinstance(word, str) else [str(word)])]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+    def call(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *split(args)])
         capfd.readouterr()
         status = 0
         try:
@@ -41,45 +40,43 @@ def run(monkeypatch, capfd):
     return call
 
 
-def make_folder(root, size=(12, 12), classes=("cat", "dog"), **splits):
-    """An image folder at root, with that many images of each class in each split."""
+def make_folder(root, size=(12, 12), classes=("cat", "dog"), **counts):
+    """An image folder at root; train=6 makes six images per class in train/."""
     rng = np.random.default_rng(0)
-    for split, count in splits.items():
+    for name, count in counts.items():
         for i, label in enumerate(classes):
-            place = root / split / label
-            place.mkdir(parents=True)
+            (root / name / label).mkdir(parents=True)
             for n in range(count):
                 pixels = rng.integers(0, 128, (size[1], size[0], 3)) + 127 * i
-                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{n}.png")
+                Image.fromarray(pixels.astype(np.uint8)).save(root / name / label / f"{n}.png")
     return root
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """folder(train=6, val=2) makes an image folder of two classes with that many images of each."""
-    return lambda name="data", **what: make_folder(tmp_path / name, **what)
+    """folder(train=6, val=2) makes an image folder of two classes, with six training images of each."""
+    return lambda name="data", **options: make_folder(tmp_path / name, **options)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """An image folder of two classes of JPEGs of several sizes."""
+    """photos(train=8, val=4) makes an image folder of two classes of JPEGs of several sizes."""
 
     def make(train=8, val=4):
-        rng = np.random.default_rng(0)
-        for split, count in (("train", train), ("val", val)):
+        rng, root = np.random.default_rng(0), tmp_path / "photos"
+        for name, count in (("train", train), ("val", val)):
             for label in ("cat", "dog"):
-                place = tmp_path / "photos" / split / label
-                place.mkdir(parents=True)
+                (root / name / label).mkdir(parents=True)
                 for n in range(count):
-                    photo(rng, SIZES[n % len(SIZES)]).save(place / f"{n}.jpg", quality=90)
-        return tmp_path / "photos"
+                    photo(rng, SIZES[n % len(SIZES)]).save(root / name / label / f"{n}.jpg", quality=90)
+        return root
 
     return make
 
 
 @pytest.fixture
 def trained(run, tmp_path, tmp_path_factory):
-    """The data, a pretraining checkpoint and a classifier's: made once, and copied for each test."""
+    """Paths of the data, a pretraining checkpoint and a classifier: trained once, and copied for each test."""
     once = tmp_path_factory.getbasetemp() / "trained"
     if not (once / "model_best.pth.tar").exists():
         data, last = make_folder(once / "data", train=8, val=5), once / "checkpoint_last.pth.tar"

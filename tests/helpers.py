@@ -1,8 +1,10 @@
-"""What several test modules and their programs in subprocesses/ share: options, images, and how to start and read a run."""
+"""Shared by test modules and the programs in subprocesses/: options, images, and functions that start runs and read their output."""
 
 import argparse
 import csv
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,9 +17,9 @@ import torch
 from PIL import Image
 from torchvision import models
 
-from moco import checkpoint, encoders
+from moco import checkpoint, encoders, options, pretrain
 from moco.datasets import CIFAR10
-from moco.run import Run, read_log
+from moco.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = CIFAR10
@@ -25,22 +27,23 @@ README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
 SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
 
-# A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps an epoch.
+# A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps per epoch.
 TINY = "-a resnet20 --dataset digits --image-size 8 --per-class 16 -b 32 --seed 0 -p 1"
 TINY_MOCO = f"{TINY} --moco-k 80 --moco-dim 16 --warm-up 1 --mlp --aug-plus --cos"
-# The same for image folders: of the fixture `folder`, with and without a queue, and of the fixture `photos`.
+EVERY_SCRIPT = [(script, TINY_MOCO) for script in SCRIPTS] + [("main_supcon.py", TINY), ("main_ce.py", TINY)]
+# The same for image folders: the fixture `folder`, without and with options of the queue, and the fixture `photos`.
 TINY_FOLDER = "-a resnet20 --image-size 12 -b 8 --epochs 1 --seed 0"
 SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"
 PHOTOS = "-a resnet20 --image-size 16 -b 8 --epochs 2 --warm-up 0 --seed 0 -p 1"
 PHOTOS_MOCO = f"{PHOTOS} --moco-k 16 --moco-dim 16 --aug-plus"
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
-# Starts a script on two processes, on a port that is free.
+# Starts a script on two processes, on a free port.
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
 TWO_PROCESSES += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def images(count, height=32, width=32):
-    """Smooth images, noise, saturated ones and gray ones, as (count, 3, height, width) uint8."""
+    """Noise, gradients, saturated and gray images, as (count, 3, height, width) uint8."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (count, height, width, 3))
     smooth = np.linspace(0, 255, width)[None, None, :, None] * rng.random((count, 1, 1, 3)) + 0 * noise
@@ -54,22 +57,58 @@ def pillow(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def refused(done, status, *says):
-    """Nothing but one line on stderr, with all of these words."""
+def refused(done, status, *messages):
+    """Asserts that a run exits with this status and prints one line on stderr, with all of these messages."""
     lines = [line for line in done.err.splitlines() if line]
     assert done.status == status, (done.status, done.out, done.err)
     assert len(lines) == 1 and "error: " in lines[0], done.err
-    for word in says:
-        assert str(word) in lines[0], lines[0]
+    for message in messages:
+        assert str(message) in lines[0], lines[0]
 
 
-def full(file):
+def error_line(out):
+    """The only error in the output of a run, which must not have a traceback."""
+    lines = [line for line in out.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in out, out
+    return lines[0]
+
+
+def no_space(file):
     raise OSError(28, "No space left on device")
 
 
-def start(script, *words, **more):
-    command = [sys.executable, str(ROOT / script), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+def split(args):
+    """Command-line arguments: strings are split as a shell does, other values become one argument each."""
+    return [piece for arg in args for piece in (shlex.split(arg) if isinstance(arg, str) else [str(arg)])]
+
+
+def start(script, *args, launcher=(sys.executable,), **options):
+    """Starts a script in a process of its own; its stdout has stderr, too. `args` as in the fixture `run`."""
+    command = [*launcher, str(ROOT / script), *split(args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def run_process(script, *args, launcher=TWO_PROCESSES):
+    """Runs a script to its end, by default on two processes; returns its returncode, stdout and stderr."""
+    command = [*launcher, str(ROOT / script), *split(args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def train(method, *args, device="cpu"):
+    """Trains a method in this process, with a small queue if it has one; returns the loss of every step that it prints."""
+    queue = ["--moco-k 72 --moco-dim 16 --mlp --aug-plus --moco-t 0.2"] if method.shuffle_keys else []
+    parsed = options.pretrain_parser("", method.add_options).parse_args(split([*args, *queue]))
+    losses, sync = [], Run.sync
+
+    def recorded(self, step, lr):
+        first = self.step
+        sync(self, step, lr)
+        losses.extend(self.losses[first : step + 1].tolist())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "sync", recorded)
+        pretrain.train(method, parsed, torch.device(device))
+    return losses
 
 
 def free_port():
@@ -78,12 +117,12 @@ def free_port():
         return free.getsockname()[1]
 
 
-def until(run, begins):
-    """Reads what a run prints, to the first line that begins so."""
+def until(run, prefix):
+    """Reads a run's output up to the first line with this prefix."""
     lines = []
-    while not lines or not lines[-1].startswith(begins):
+    while not lines or not lines[-1].startswith(prefix):
         lines.append(run.stdout.readline())
-        assert lines[-1], "it has ended"
+        assert lines[-1], "the run has ended"
     return "".join(lines)
 
 
@@ -92,11 +131,11 @@ def photo(rng, size):
 
 
 def losses(folder):
-    return [row["loss"] for row in read_log(folder / "log.csv")]
+    return [row["loss"] for row in rows(folder / "log.csv")]
 
 
 def add_unlabelled(data, count=5, size=(12, 12)):
-    """Puts images of every class into unlabelled/, of other names and pixels, some of them in a folder below it."""
+    """Adds a folder unlabelled/ with `count` images, some of them in a subfolder; names and pixels are not those of train/."""
     (data / "unlabelled/more").mkdir(parents=True)
     for n in range(count):
         image = Image.new("RGB", size, (40 * n, 90, 10))
@@ -104,42 +143,53 @@ def add_unlabelled(data, count=5, size=(12, 12)):
     return data
 
 
-def copied_pages(place):
-    """README.md and docs/ in a folder of their own."""
+def copied_pages(folder):
+    """Copies README.md and docs/ to folder/pages, and returns that."""
     for name, text in {"README.md": README, **{f"docs/{name}": text for name, text in PAGES.items()}}.items():
-        path = place / "pages" / name
+        path = folder / "pages" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return place / "pages"
+    return folder / "pages"
+
+
+def python_blocks(page):
+    """The Python programs on a page."""
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
 
 
 def rows(path):
+    """The rows of a CSV file, as dicts of strings."""
     with open(path) as file:
         return list(csv.DictReader(file))
 
 
+def columns(path, *names):
+    """Some columns of a CSV file, row by row."""
+    return [[row[name] for name in names] for row in rows(path)]
+
+
 def printed_losses(out):
-    """Of every step, at -p 1."""
+    """The loss of every step, as a run with -p 1 prints it."""
     return [float(line.split("Loss ")[1].split()[0]) for line in out.splitlines() if line.startswith("Epoch: [")]
 
 
-def end(folder):
-    """Weights, queue, optimizer state, and the log without its times."""
-    saved = checkpoint.load(folder / "checkpoint_last.pth.tar")
-    state = {f"momentum of {i}": s["momentum_buffer"] for i, s in saved["optimizer"]["state"].items()}
-    log = [[row["epoch"], row["loss"], row["lr"], row["accuracy"]] for row in rows(folder / "log.csv")]
-    return saved["state_dict"] | state, log
+def equal_tensors(first, second):
+    """Do two state dicts have the same names and, bit for bit, the same tensors?"""
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def same(first, second):
-    assert first[1] == second[1]
-    assert set(first[0]) == set(second[0])
-    for name, value in first[0].items():
-        assert torch.equal(value, second[0][name]), name
+def assert_equal_runs(first, second):
+    """Asserts that two output folders have the same weights, queue, momentum buffers and (without times) log."""
+    one, other = (checkpoint.load(folder / "checkpoint_last.pth.tar") for folder in (first, second))
+    assert equal_tensors(one["state_dict"], other["state_dict"])
+    buffers = [{i: s["momentum_buffer"] for i, s in run["optimizer"]["state"].items()} for run in (one, other)]
+    assert equal_tensors(*buffers)
+    one, other = (columns(folder / "log.csv", "epoch", "loss", "lr", "accuracy") for folder in (first, second))
+    assert one == other
 
 
 def random_statistics(network):
-    """As if it were trained: batch norm that does something."""
+    """Gives batch norm random weights and statistics, as after training; returns the network in eval mode."""
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -150,8 +200,8 @@ def random_statistics(network):
     return network.eval()
 
 
-def supcontrasts(network):
-    """A checkpoint as SupContrast's scripts save it: other names, and their options beside it."""
+def supcontrast_checkpoint(network):
+    """A checkpoint as SupContrast's scripts save it: other names, and their options next to the weights."""
     state = {n.replace("downsample", "shortcut"): v for n, v in network.state_dict().items() if not n.startswith("fc.")}
     state = {f"encoder.module.{name}": value for name, value in state.items()} | {"head.0.weight": torch.zeros(3, 3)}
     return {
@@ -163,7 +213,7 @@ def supcontrasts(network):
 
 
 def foreign(tmp_path, kind):
-    """A file of someone else's weights, and their network."""
+    """Saves weights in the format of another project; returns the file and a network with them, without its classifier."""
     path = tmp_path / f"theirs.{'safetensors' if kind == 'timm' else 'pth'}"
     if kind == "timm":
         timm = pytest.importorskip("timm")
@@ -173,7 +223,7 @@ def foreign(tmp_path, kind):
         save_file(network.state_dict(), path)
     elif kind == "SupContrast":
         network = random_statistics(encoders.build("resnet18")(num_classes=7))
-        torch.save(supcontrasts(network), path)
+        torch.save(supcontrast_checkpoint(network), path)
     else:
         network = random_statistics(models.resnet18(num_classes=7))
         state = network.state_dict()
@@ -185,13 +235,13 @@ def foreign(tmp_path, kind):
 
 
 def interrupt(patch, lines, number=signal.SIGTERM):
-    """Runs in this process get a signal when they have printed so many lines of progress (at -p 1, steps)."""
-    show, seen = Run.show, []
+    """Sends a signal to this process after a run has printed this many progress lines (with -p 1, one per step)."""
+    show, printed = Run.show, []
 
-    def shown(self, done, **values):
-        show(self, done, **values)
-        seen.append(done)
-        if len(seen) == lines:
+    def shown(self, moved, **values):
+        show(self, moved, **values)
+        printed.append(moved)
+        if len(printed) == lines:
             os.kill(os.getpid(), number)
 
     patch.setattr(Run, "show", shown)

@@ -1,4 +1,4 @@
-"""What happens when a run is killed or interrupted, or nobody reads its output."""
+"""Runs that are killed or interrupted, or cannot write to stdout."""
 
 import os
 import random
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, TINY, TINY_MOCO, end, rows, same, start, until
+from helpers import ROOT, TINY, TINY_MOCO, assert_equal_runs, rows, start, until
 from moco import checkpoint
 
-KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for the long version
+KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for a long test
 
 
 def test_killed_at_random_instants(tmp_path):
-    """SIGKILL, again and again: the run ends as one that never stopped, bit for bit."""
-    words = [*TINY_MOCO.split(), "--epochs", "30", "--knn-freq", "20"]
-    whole = start("main_moco_in.py", *words, "--output-dir", str(tmp_path / "whole"))
+    """A run that is killed again and again ends as one that never stopped, bit for bit."""
+    args = [TINY_MOCO, "--epochs 30 --knn-freq 20 --output-dir"]
+    whole = start("main_moco_in.py", *args, tmp_path / "whole")
     out = whole.communicate(timeout=300)[0]
     assert whole.returncode == 0, out
     parts = tmp_path / "parts"
@@ -27,13 +27,15 @@ def test_killed_at_random_instants(tmp_path):
     rng = random.Random(0)
     killed, reached = 0, 0
     while True:
-        begun = time.monotonic()
-        run = start("main_moco_in.py", *words, "--output-dir", str(parts), "--resume", "auto")
-        begins = run.stdout.readline()  # until here it imports torch: the least interesting instants
-        while begins and not begins.startswith(("MoCoIn", "Epoch")):
-            begins = run.stdout.readline()
+        started = time.monotonic()
+        run = start("main_moco_in.py", *args, parts, "--resume auto")
+        line = run.stdout.readline()  # kills before the first line would only interrupt the import of torch
+        while line and not line.startswith(("MoCoIn", "Epoch")):
+            line = run.stdout.readline()
         if killed < KILLS:
-            time.sleep(rng.uniform(0, seconds / max(KILLS / 2, 3)))  # short enough that the kills come before its end
+            time.sleep(
+                rng.uniform(0, seconds / max(KILLS / 2, 3))
+            )  # short, so that the run does not end before the kill
         else:
             run.wait(timeout=300)
         run.kill()
@@ -41,36 +43,34 @@ def test_killed_at_random_instants(tmp_path):
         status = run.wait()
         if (parts / "log.csv").is_file():
             done = len(rows(parts / "log.csv"))
-            assert done >= reached - 1, "more than the current epoch was lost"
+            assert done >= reached - 1, "lost more than the current epoch"
             reached = done
         if status == 0:
             break
-        assert status == -signal.SIGKILL and time.monotonic() - begun < 300
+        assert status == -signal.SIGKILL and time.monotonic() - started < 300
         killed += 1
-    same(end(tmp_path / "whole"), end(parts))
+    assert_equal_runs(tmp_path / "whole", parts)
     assert [row["epoch"] for row in rows(parts / "log.csv")] == [str(e) for e in range(30)]
     assert killed >= min(KILLS, 2)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
-    """The first one has it save, which takes two minutes here."""
-    run = start(
-        "tests/subprocesses/slow_disk.py", str(ROOT / "main_moco.py"), *TINY_MOCO.split(), "--output-dir", str(tmp_path)
-    )
+    """The first interrupt makes the run save, which takes two minutes in this test."""
+    run = start("tests/subprocesses/slow_disk.py", ROOT / "main_moco.py", TINY_MOCO, "--output-dir", tmp_path)
     until(run, "Epoch: [0]")
     os.kill(run.pid, signal.SIGINT)
     until(run, "saving")
-    time.sleep(2)  # for the first one, if this was the end of an epoch
+    time.sleep(2)  # so that the first interrupt is handled even if this save was the end of an epoch
     os.kill(run.pid, signal.SIGINT)
     out = run.communicate(timeout=30)[0]
     assert run.returncode == -signal.SIGINT and "stopped" not in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["reader gone", "disk full"])
+@pytest.mark.parametrize("full", [False, True], ids=["closed pipe", "full disk"])
 def test_output_that_cannot_be_written_stops_the_run(tmp_path, full):
     if full and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
-    for script, words in (
+    for script, args in (
         ("main_moco.py", f"{TINY_MOCO} --epochs 1 --output-dir {tmp_path}"),
         ("scripts/reproduce.py", "--print"),
     ):
@@ -79,20 +79,19 @@ def test_output_that_cannot_be_written_stops_the_run(tmp_path, full):
         if full:
             os.close(writer)
             writer = os.open("/dev/full", os.O_WRONLY)
-        command = [sys.executable, str(ROOT / script), *words.split()]
+        command = [sys.executable, str(ROOT / script), *args.split()]
         done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
         os.close(writer)
-        says = f"{Path(script).name}: error: stdout cannot be written: "
-        assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done
+        message = f"{Path(script).name}: error: stdout cannot be written: "
+        assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
 
 
 def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):
     assert run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path).status == 0
-    words = [*TINY.split(), "--lr", "0.1", "--epochs", "400", "--output-dir", str(tmp_path)]
-    words += ["--pretrained", str(tmp_path / "checkpoint_last.pth.tar")]
-    for more in ([], ["--resume", "auto"]):
-        linear = start("main_lincls.py", *words, *more)
-        assert ("continuing at epoch" in until(linear, "epoch ")) == bool(more)  # one is complete
+    args = [TINY, "--lr 0.1 --epochs 400 --output-dir", tmp_path, "--pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    for resume in ("", "--resume auto"):
+        linear = start("main_lincls.py", *args, resume)
+        assert ("continuing at epoch" in until(linear, "epoch ")) == bool(resume)  # until an epoch is complete
         linear.send_signal(signal.SIGTERM)
         out = linear.communicate(timeout=60)[0]
         assert linear.returncode == 143 and "stopped " in out and "Traceback" not in out, out
@@ -101,8 +100,8 @@ def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):
 
 
 def test_every_fault_on_the_page_has_its_test():
-    section = (ROOT / "docs/faults.md").read_text()
-    named = {line.split("`")[-2] for line in section.splitlines() if line.startswith("| ") and "`test_" in line}
+    page = (ROOT / "docs/faults.md").read_text()
+    named = {line.split("`")[-2] for line in page.splitlines() if line.startswith("| ") and "`test_" in line}
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) >= 12
     for name in named:

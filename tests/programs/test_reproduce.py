@@ -17,7 +17,7 @@ def test_a_row_is_interrupted_and_goes_on(tmp_path):
     """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
     small = "--dataset digits --per-class 16 --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
     words = ["in-200", "-a", "resnet20", "--epochs", "200", "--name", "tiny"]
-    words += ["--pretrain", small, "--runs", str(tmp_path), "--results", str(tmp_path)]
+    words += ["--pretrain", f"'{small}'", "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert ("continuing at epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
@@ -31,7 +31,7 @@ def test_rows_and_recipes(run):
     """The commands that reproduce the table, against its specification."""
     done = run("scripts/reproduce.py", "--print")
     lines = done.out.splitlines()
-    assert len(lines) == 28
+    assert len(lines) == 30
     moco = [line for line in lines if line.startswith("python main_moco")]
     assert [re.search(r"main_(\w+)\.py .*--epochs (\d+)", line).groups() for line in moco] == [
         ("moco", "200"),
@@ -42,11 +42,12 @@ def test_rows_and_recipes(run):
         ("moco_suploss", "1000"),
         ("moco_in", "100"),
         ("moco_proto", "100"),
+        ("moco_out", "100"),
         ("moco_out", "1000"),
         ("moco_suploss", "1000"),
     ]
     assert sum("--dataset cifar100" in line for line in lines) == 8
-    for line in moco[:6] + moco[8:]:
+    for line in moco[:6] + moco[9:]:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
     small = run("scripts/reproduce.py", "--small --print").out.splitlines()
     assert [line.split()[1] for line in small if "lincls" not in line] == [
@@ -57,12 +58,12 @@ def test_rows_and_recipes(run):
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
     files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*.json")]
-    for path in files:  # what is on file is what is said to be
+    for path in files:  # the commands on file are those of --print
         row = re.split("-cpu|-h100|-h200", path.name)[0]
         result = json.loads(path.read_text())
-        length = f"--epochs {result['epochs']}" if row == "own" else ""  # of which there are shorter runs, too
+        length = f"--epochs {result['epochs']}" if row == "own" else ""  # there are also shorter runs
         lines = run("scripts/reproduce.py", "--small --print", row, length).out.splitlines()
-        for mine, line in zip(result["commands"], lines, strict=row != "ce"):  # which had one command then
+        for mine, line in zip(result["commands"], lines, strict=True):
             wanted = line.split(" --seed ")[0].split(" --pretrained ")[0]
             assert mine.startswith(wanted + " "), path.name
     for key, script in (("ce", "ce"), ("supcon", "supcon"), ("moco", "moco"), ("out", "moco_out")):
@@ -99,7 +100,7 @@ def test_a_row_scaled_down(run, tmp_path):
     assert other.status == 2 and "begun with other options" in other.err
     for more, says in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
         wrong = run("scripts/reproduce.py", "in-200", where, f"nowhere --name wrong --pretrain '{more}'")
-        assert wrong.status in (1, 2) and says in wrong.err and "goes on" not in wrong.err
+        assert wrong.status in (1, 2) and says in wrong.err and "continues it" not in wrong.err
         assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()
     result = json.loads(path.read_text())
     assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)

@@ -1,4 +1,4 @@
-"""What docs/ shows runs as it stands."""
+"""The programs and commands in docs/ run."""
 
 import math
 import re
@@ -7,24 +7,21 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT, foreign
+from helpers import PAGES, README, ROOT, foreign, python_blocks
 from moco import encoders, methods, options
 
-IMAGENET = (ROOT / "docs/imagenet.md").read_text()
 
-
-def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)
-    assert len(blocks) == 2
+def test_a_custom_training_loop(run, tmp_path, monkeypatch, capfd):
+    program, _ = python_blocks(PAGES["library.md"])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    there = {}
-    exec(blocks[0], there)
+    namespace = {}
+    exec(program, namespace)
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\S+)", capfd.readouterr().out)]
     assert len(losses) == 2 and all(0 < loss < 2 * math.log(1024) for loss in losses)
-    model, labels = there["model"], there["labels"]
-    entered = model.label_queue[: 2 * len(labels)]  # two epochs
-    assert torch.equal(entered.sort().values, labels.repeat(2).sort().values)
+    model, labels = namespace["model"], namespace["labels"]
+    enqueued = model.label_queue[: 2 * len(labels)]  # two epochs
+    assert torch.equal(enqueued.sort().values, labels.repeat(2).sort().values)
     assert not any(
         torch.equal(q, k) for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True)
     )
@@ -32,15 +29,14 @@ def test_a_training_loop_of_ones_own(run, tmp_path, monkeypatch, capfd):
     assert done.status == 0 and "result: top1=" in done.out, done.err
 
 
-def test_images_of_several_labels():
-    """The weights of the example are shared labels over all labels, and 1 for the query's own key."""
-    there = {}
-    exec(re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.S)[1], there)
-    seen = []
-    loss = there["out_loss"]
-    there["out_loss"] = lambda logits, weights: (seen.append(weights), loss(logits, weights))[1]
+def test_images_with_several_labels():
+    """The example's weights are the number of shared labels over that of all labels, and 1 for the query's own key."""
+    namespace, seen = {}, []
+    exec(python_blocks(PAGES["library.md"])[1], namespace)
+    loss = namespace["out_loss"]
+    namespace["out_loss"] = lambda logits, weights: (seen.append(weights), loss(logits, weights))[1]
     torch.manual_seed(0)
-    model = there["Overlap"](encoders.build("resnet20"), dim=8, K=3)
+    model = namespace["Overlap"](encoders.build("resnet20"), dim=8, K=3)
     labels = torch.tensor([0b1, 0b101, -1])
     model.label_queue.copy_(torch.tensor([0b1101, -1, 0b1000000]))
     model(torch.randn(3, 3, 8, 8), torch.randn(3, 3, 8, 8), labels).backward()
@@ -48,52 +44,51 @@ def test_images_of_several_labels():
     assert torch.allclose(seen[0], torch.tensor(wanted))
 
 
-def test_the_commands_for_imagenet_are_understood():
-    commands = re.findall(r"^    python (main_.*)", IMAGENET.replace("\\\n", ""), re.MULTILINE)
+def test_the_commands_for_imagenet_are_valid():
+    commands = re.findall(r"^    python (main_.*)", PAGES["imagenet.md"].replace("\\\n", ""), re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        script, *words = command.split()
+        script, *args = command.split()
         linear = script == "main_lincls.py"
         parser = options.linear_parser("") if linear else options.pretrain_parser("", methods.OUT.add_options)
-        args = parser.parse_args(words)
-        assert args.data == "imagenet/" and (linear or args.image_size == 224)
+        parsed = parser.parse_args(args)
+        assert parsed.data == "imagenet/" and (linear or parsed.image_size == 224)
 
 
-def test_cifar10_is_enlarged(folder, tmp_path, monkeypatch):
+def test_enlarging_cifar10(folder, tmp_path, monkeypatch):
     folder(train=3, val=2).rename(tmp_path / "cifar10")
     monkeypatch.chdir(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", IMAGENET, re.DOTALL)
+    (program,) = python_blocks(PAGES["imagenet.md"])
     exec(program, {})
-    made = sorted((tmp_path / "large").glob("*/*/*.jpg"))
-    sizes = {Image.open(path).size for path in made}
-    assert len(made) == 10 and len(sizes) > 5 and all(96 <= side <= 256 for size in sizes for side in size)
+    files = sorted((tmp_path / "large").glob("*/*/*.jpg"))
+    sizes = {Image.open(path).size for path in files}
+    assert len(files) == 10 and len(sizes) > 5 and all(96 <= side <= 256 for size in sizes for side in size)
 
 
-def test_the_page_runs(trained, tmp_path, monkeypatch):
+def test_load_encoder_as_on_the_pages(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (50, 40)).save("photo.png")
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
-    for page in ("docs/use.md", "README.md"):
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-        (block,) = [block for block in blocks if "load_encoder" in block]
-        there = {}
-        exec(block, there)
-        assert there["features"].shape == (1, 64)
+    for page in (PAGES["use.md"], README):
+        (program,) = [block for block in python_blocks(page) if "load_encoder" in block]
+        namespace = {}
+        exec(program, namespace)
+        assert namespace["features"].shape == (1, 64)
 
 
 def test_the_page_on_photos(run, folder, tmp_path, monkeypatch):
-    """Its commands as they stand, but for small photos, a smaller network and two epochs."""
+    """Runs its commands with small photos, a smaller network and two epochs."""
     pytest.importorskip("onnxruntime")
-    (block,) = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs/photos.md").read_text(), re.S | re.M)
+    (block,) = re.findall(r"^```\n(.*?)^```$", PAGES["photos.md"], re.S | re.M)
     fetch, *commands = block.replace("\\\n", " ").splitlines()
     assert len(commands) == 3 and "'resnet50.pth'" in fetch
     monkeypatch.chdir(tmp_path)
     folder("photos", size=(90, 80), train=8, val=4)
     (tmp_path / foreign(tmp_path, "torchvision")[0].name).rename("resnet50.pth")
     for command in commands:
-        _, script, *words = command.split()
+        _, script, *args = command.split()
         small = "--image-size 72 -b 8 --moco-k 16 --epochs 2 -j 1" if script == "main_moco_out.py" else ""
-        done = run(script, " ".join(words), small)
+        done = run(script, " ".join(args), small)
         assert done.status == 0, done.err
         assert {"main_moco_out.py": "120 tensors taken", "scripts/extract.py": "MAP@R"}.get(script, "") in done.out
     assert (tmp_path / "run/encoder.onnx").exists()

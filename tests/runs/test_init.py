@@ -1,4 +1,4 @@
-"""Checkpoints and weights from elsewhere: of MoCo, SupContrast, torchvision and timm."""
+"""Checkpoints and weights of MoCo, SupContrast, torchvision and timm."""
 
 import pytest
 import torch
@@ -11,18 +11,18 @@ from moco import checkpoint, inference
 
 
 def test_linear_evaluation_reads_mocos_own_checkpoints(run, tmp_path):
-    """Nothing but epoch, arch, state_dict and optimizer; and the classifier learns something."""
+    """They have only epoch, arch, state_dict and optimizer. The classifier learns from the features."""
     run("main_moco_out.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
     saved = torch.load(tmp_path / "checkpoint_last.pth.tar", weights_only=True)
     theirs = {name: saved[name] for name in ("epoch", "arch", "state_dict", "optimizer")}
     torch.save(theirs, tmp_path / "moco.pth.tar")
-    words = "-a resnet20 --dataset digits --image-size 8 -b 128 --lr 0.3 --epochs 8 --schedule 5 7 --seed 0"
-    done = run("main_lincls.py", words, "--pretrained", tmp_path / "moco.pth.tar", "--output-dir", tmp_path)
+    args = "-a resnet20 --dataset digits --image-size 8 -b 128 --lr 0.3 --epochs 8 --schedule 5 7 --seed 0"
+    done = run("main_lincls.py", args, "--pretrained", tmp_path / "moco.pth.tar", "--output-dir", tmp_path)
     assert done.status == 0, done.err
     assert float(done.out.split("result: top1=")[1].split()[0]) > 30  # chance is 10
 
 
-def test_mocos_own_checkpoint(tmp_path):
+def test_load_encoder_reads_mocos_own_checkpoints(tmp_path):
     network = models.resnet18(num_classes=128)
     state = {f"module.encoder_q.{name}": value for name, value in network.state_dict().items()}
     torch.save({"epoch": 1, "arch": "resnet18", "state_dict": state, "optimizer": {}}, tmp_path / "theirs.pth.tar")
@@ -33,8 +33,8 @@ def test_mocos_own_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "old torchvision", "timm", "SupContrast"])
-def test_weights_from_elsewhere(kind, run, tmp_path):
-    """The same features in load_encoder, and in a pretraining run before its first step."""
+def test_weights_of_other_projects(kind, run, tmp_path):
+    """load_encoder computes the same features, and a pretraining run starts with the same weights."""
     path, theirs = foreign(tmp_path, kind)
     cifar = kind == "SupContrast"
     images = torch.randn(2, 3, 48, 48)
@@ -46,16 +46,16 @@ def test_weights_from_elsewhere(kind, run, tmp_path):
     _, _, classes = inference.load(path)
     assert classes == (None if cifar else [str(label) for label in range(7)])
 
-    # A learning rate of 0 leaves the weights as they are; batch norm's statistics move.
-    words = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --moco-k 16 --lr 0 --stem "
-    words += "cifar" if cifar else "imagenet"
-    done = run("main_moco_in.py", words, "--init", path, "--output-dir", tmp_path / "run")
+    # A learning rate of 0 does not change the weights, but batch norm updates its statistics.
+    args = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --moco-k 16 --lr 0 --stem "
+    args += "cifar" if cifar else "imagenet"
+    done = run("main_moco_in.py", args, "--init", path, "--output-dir", tmp_path / "run")
     assert done.status == 0, done.err
     tensors = len(theirs.state_dict())
     tensors -= 20 * (kind == "old torchvision")
     left = "head.*" if cifar else "fc.bias, fc.weight"
     assert f"--init '{path}': {tensors} tensors taken; not taken: {left}" in done.out, done.out
-    assert "MoCoIn: resnet18 on" in done.out  # told from the shapes
+    assert "MoCoIn: resnet18 on" in done.out  # recognised by the shapes
     saved = checkpoint.load(tmp_path / "run/checkpoint_last.pth.tar")
     for prefix in ("module.encoder_q.", "module.encoder_k."):
         for name, value in theirs.state_dict().items():
@@ -64,23 +64,24 @@ def test_weights_from_elsewhere(kind, run, tmp_path):
 
 
 def test_init_and_its_limits(run, tmp_path):
+    """--init with other layers, in a resumed run, from a run of another script, and with weights that do not fit."""
     path, _ = foreign(tmp_path, "torchvision")
-    words = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --output-dir"
-    done = run("main_ce.py", words, tmp_path / "ce", "--init", path)
+    args = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --output-dir"
+    done = run("main_ce.py", args, tmp_path / "ce", "--init", path)
     assert done.status == 0 and "119 tensors taken; not taken: conv1.weight, fc.bias, fc.weight" in done.out, done
     assert "first convolution is 7x7, this network's is 3x3 and starts anew: --stem imagenet would take it" in done.out
     last = tmp_path / "ce/checkpoint_last.pth.tar"
-    done = run("main_ce.py", words, tmp_path / "ce", "--init", path, "--epochs 2 --resume auto")
+    done = run("main_ce.py", args, tmp_path / "ce", "--init", path, "--epochs 2 --resume auto")
     assert done.status == 0 and f"note: --init is ignored: this run continues from '{last}'" in done.out, done
     assert "tensors taken" not in done.out
-    done = run("main_supcon.py", words, tmp_path / "supcon", "--init", last)
+    done = run("main_supcon.py", args, tmp_path / "supcon", "--init", last)
     assert done.status == 0 and "120 tensors taken" in done.out, done
-    refused(run("main_ce.py", words, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "is missing")
-    refused(run("main_ce.py", words, tmp_path / "o", "--init nowhere.pth"), 2, "'nowhere.pth' does not exist")
-    refused(run("main_ce.py", words, tmp_path / "o", "--resume", path), 2, "only weights", "--init")
+    refused(run("main_ce.py", args, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "is missing")
+    refused(run("main_ce.py", args, tmp_path / "o", "--init nowhere.pth"), 2, "'nowhere.pth' does not exist")
+    refused(run("main_ce.py", args, tmp_path / "o", "--resume", path), 2, "only weights", "--init")
     state = torch.load(path, weights_only=True)
     del state["layer1.0.bn1.weight"]
     torch.save(state, tmp_path / "part.pth")
-    refused(run("main_ce.py", words, tmp_path / "o", "--init", tmp_path / "part.pth"), 1, "shapes", "part.pth")
+    refused(run("main_ce.py", args, tmp_path / "o", "--init", tmp_path / "part.pth"), 1, "shapes", "part.pth")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678 nonsense")
-    refused(run("main_ce.py", words, tmp_path / "o", "--init", tmp_path / "bad.safetensors"), 1, "bad.safetensors")
+    refused(run("main_ce.py", args, tmp_path / "o", "--init", tmp_path / "bad.safetensors"), 1, "bad.safetensors")

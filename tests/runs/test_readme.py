@@ -1,11 +1,11 @@
-"""What the README shows: its commands and its example of a variant run."""
+"""The commands, options and links of the README and docs/options.md."""
 
 import re
 import shlex
 
 import pytest
 
-from helpers import PAGES, README, ROOT, TINY
+from helpers import PAGES, README, ROOT
 
 BLOCKS = [
     block.replace("\\\n", " ")
@@ -19,26 +19,25 @@ SMALL = "-a resnet20 --image-size 8 -b 8 --epochs 1 --moco-k 32"
 
 
 def test_commands(run, folder, tmp_path):
-    """Each as it stands, but for a small network, small data and one epoch."""
+    """Runs each command with a small network, small data and one epoch."""
     assert len(COMMANDS) == 4
     data = folder(train=8, val=4)
     for command in COMMANDS:
-        words = command[command.index("main_") :].split()
-        script, rest = words[0], shlex.split(" ".join(words[1:]))
-        assert rest.pop() == "data/"
+        script, *args = shlex.split(command[command.index("main_") :])
+        assert args.pop() == "data/"
         small = SMALL if script != "main_lincls.py" else "-a resnet20 -b 8 --epochs 1"
-        if "--pretrained" in rest:
-            rest[rest.index("--pretrained") + 1] = str(tmp_path / "checkpoint_0000.pth.tar")
-        done = run(script, *[shlex.quote(word) for word in rest], small, "--output-dir", tmp_path, data)
+        if "--pretrained" in args:
+            args[args.index("--pretrained") + 1] = str(tmp_path / "checkpoint_0000.pth.tar")
+        done = run(script, shlex.join(args), small, "--output-dir", tmp_path, data)
         assert done.status == 0, done.err
     assert "result: top1=" in done.out
 
 
-def test_every_option_of_the_table_exists(run):
-    named = set(re.findall(r"`(--[a-z-]+)", PAGES["options.md"])) - {"--help"}
-    assert len(named) > 12
+def test_every_option_on_the_page_exists(run):
+    options = set(re.findall(r"`(--[a-z-]+)", PAGES["options.md"])) - {"--help"}
+    assert len(options) > 12
     help_ = run("main_moco_out.py", "--help").out + run("main_lincls.py", "--help").out
-    assert all(name in help_ for name in named), [name for name in named if name not in help_]
+    assert all(name in help_ for name in options), [name for name in options if name not in help_]
 
 
 @pytest.mark.parametrize("script", ["moco", "moco_in", "moco_out", "moco_suploss", "supcon", "ce", "lincls"])
@@ -47,7 +46,7 @@ def test_help(script, run):
     assert done.status == 0 and "--output-dir" in done.out and "python main_" in done.out
 
 
-def test_reference_options_have_their_defaults(run):
+def test_defaults_are_those_of_the_reference(run):
     for script, values in (
         ("main_moco_out.py", "--epochs 1000,-b 256,--lr 0.03,--momentum 0.9,--wd 0.0001,-j 8,-p 10,--warm-up 5"),
         ("main_moco_out.py", "--moco-dim 128,--moco-k 65536,--moco-m 0.99,--moco-t 0.07,--save-freq 200"),
@@ -59,16 +58,7 @@ def test_reference_options_have_their_defaults(run):
             assert re.search(rf"(?<![\w-]){name}[ ,].*?default: {re.escape(default)}\)", text), value
 
 
-def test_the_example_of_a_variant(run, tmp_path):
-    example = re.search(r"```python\n(# main_\w+\.py\n.*?)```", README, re.S)[1]
-    assert len(example.splitlines()) < 20
-    script = tmp_path / "main_variant.py"
-    script.write_text(example)
-    done = run(script, TINY, "--epochs 1 --moco-k 40 --moco-dim 8 --output-dir", tmp_path)
-    assert done.status == 0 and "QueueOnly" in done.out, done.err
-
-
-def test_links_lead_somewhere():
+def test_linked_files_exist():
     for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert link.startswith("https://") or (folder / link).exists(), link

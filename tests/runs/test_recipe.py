@@ -1,36 +1,33 @@
-"""Runs of the recipe with prototypes and an average of the weights."""
+"""Runs with prototypes (main_moco_proto.py) and with an average of the weights (--ema)."""
 
 import torch
 
 import moco
-from helpers import TINY_MOCO, interrupt, rows
+from helpers import TINY_MOCO, columns, equal_tensors, interrupt
 from moco import checkpoint
 
 
 def test_prototypes_train_resume_and_are_evaluated(run, tmp_path, monkeypatch):
-    words = [TINY_MOCO, "--lr 0.1 --epochs 3 --knn-freq 1 --ema 0.9 --nesterov --no-bias-decay --bn-splits 2"]
-    assert run("main_moco_proto.py", *words, "--output-dir", tmp_path / "whole").status == 0
+    args = [TINY_MOCO, "--lr 0.1 --epochs 3 --knn-freq 1 --ema 0.9 --nesterov --no-bias-decay --bn-splits 2"]
+    assert run("main_moco_proto.py", *args, "--output-dir", tmp_path / "whole").status == 0
     interrupt(monkeypatch, 8)
-    words += ["--output-dir", tmp_path / "cut"]
-    assert run("main_moco_proto.py", *words).status == 143
-    assert run("main_moco_proto.py", *words, "--resume auto").status == 0
-    for name in ("loss", "knn", "top1"):
-        assert [row[name] for row in rows(tmp_path / "whole/log.csv")] == [
-            row[name] for row in rows(tmp_path / "cut/log.csv")
-        ]
+    args += ["--output-dir", tmp_path / "cut"]
+    assert run("main_moco_proto.py", *args).status == 143
+    assert run("main_moco_proto.py", *args, "--resume auto").status == 0
+    whole, cut = (columns(tmp_path / name / "log.csv", "loss", "knn", "top1") for name in ("whole", "cut"))
+    assert whole == cut
     one, two = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "cut"))
     for key in ("state_dict", "average"):
-        assert one[key].keys() == two[key].keys()
-        assert all(torch.equal(value, two[key][name]) for name, value in one[key].items())
-    # What is evaluated is the average.
+        assert equal_tensors(one[key], two[key])
+    # load_encoder and the evaluations use the average.
     encoder, _ = moco.load_encoder(tmp_path / "whole" / checkpoint.LAST)
     weight = encoder.state_dict()["conv1.weight"]
     assert torch.equal(weight, one["average"]["module.encoder_q.conv1.weight"])
     assert not torch.equal(weight, one["state_dict"]["module.encoder_q.conv1.weight"])
 
 
-def test_the_average_is_the_formula(run, tmp_path):
-    """Of three epochs of one step: e <- 0.5 e + 0.5 w, from the first w on."""
+def test_the_average_against_its_formula(run, tmp_path):
+    """Three epochs of one step each: the average starts as the first weights w, then e <- 0.5 e + 0.5 w."""
     run("main_moco_in.py", TINY_MOCO, "-b 160 --lr 0.1 --epochs 3 --save-freq 1 --ema 0.5 --output-dir", tmp_path)
     saved = [torch.load(tmp_path / f"checkpoint_{i:04d}.pth.tar", weights_only=True) for i in range(3)]
     name = "module.encoder_q.layer2.0.conv1.weight"

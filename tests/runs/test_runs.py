@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: on scikit-learn's digits, small and short."""
+"""Short runs of the scripts on scikit-learn's digits."""
 
 import itertools
 import math
@@ -44,60 +44,59 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
         if ".fc." not in name:
             assert torch.equal(value, saved["state_dict"][name.replace("module.", "module.encoder_q.")])
     assert best["state_dict"]["module.fc.weight"].shape == (10, 64)
-    again = run("main_lincls.py", "-e --resume", tmp_path / "model_best.pth.tar")  # of digits, as the checkpoint says
+    again = run("main_lincls.py", "-e --resume", tmp_path / "model_best.pth.tar")  # on the data set in the checkpoint
     assert again.out.strip() == result
-    for name, epochs in (("log", 3), ("linear", 2)):  # neither has purged the other
+    for name, epochs in (("log", 3), ("linear", 2)):  # the linear evaluation has not purged the other log
         events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
         assert [event.step for event in events.Scalars("loss")] == list(range(epochs))
 
 
-def test_the_help_of_a_recipe(run):
-    for words, says in (("--recipe supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
-        assert f"never rescaled with the batch {says}" in " ".join(run("main_lincls.py", words, "--help").out.split())
+def test_help_shows_the_defaults_of_a_recipe(run):
+    for args, default in (("--recipe supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
+        assert f"never rescaled with the batch {default}" in " ".join(run("main_lincls.py", args, "--help").out.split())
 
 
-def test_a_log_lives_until_its_run_is_replaced(run, tmp_path):
-    """The same command without --resume: nothing is lost before there is something in its place."""
-    words = [TINY_MOCO, "--output-dir", tmp_path]
-    first = run("main_moco.py", *words, "--epochs 2")
+def test_an_earlier_log_is_overwritten_by_the_first_new_row(run, tmp_path):
+    """A new run without --resume keeps the earlier run's log until it has an epoch of its own."""
+    args = [TINY_MOCO, "--output-dir", tmp_path]
+    first = run("main_moco.py", *args, "--epochs 2")
     assert "overwritten" not in first.out and "no Shuffling BN" in first.out
     log = Log(tmp_path, "log", pretrain.COLUMNS)
     assert len(rows(tmp_path / "log.csv")) == 2
     log.add(0, loss=9.0)
     assert [float(row["loss"]) for row in rows(tmp_path / "log.csv")] == [9.0]
-    assert (
-        "will be overwritten; --resume auto continues it" in run("main_moco.py", *words, "--epochs 1 --bn-splits 2").out
-    )
+    again = run("main_moco.py", *args, "--epochs 1 --bn-splits 2")
+    assert "will be overwritten; --resume auto continues it" in again.out
 
 
-def test_an_epochs_seconds_have_the_saving_before_it_in_them(run, tmp_path, monkeypatch):
+def test_seconds_of_an_epoch_include_saving_the_one_before(run, tmp_path, monkeypatch):
     save = Run.save
     monkeypatch.setattr(Run, "save", lambda *rest: (time.sleep(0.5), save(*rest)))
     run("main_moco.py", TINY_MOCO, "--epochs 2 --output-dir", tmp_path)
     assert float(rows(tmp_path / "log.csv")[1]["seconds"]) > 0.5
 
 
-def test_images_are_counted_not_full_batches(run, tmp_path, monkeypatch):
-    """Of 40 images in one step, by a clock that ticks once at each look: the same speed with room for 256."""
+def test_speed_counts_images_and_not_full_batches(run, tmp_path, monkeypatch):
+    """40 images are one step for -b 40 and for -b 256. With a clock that advances by 1 per call, the speeds are equal."""
     run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
-    words, shown = [TINY, "--lr 1 --epochs 2 --per-class 4 --pretrained", tmp_path / "checkpoint_last.pth.tar"], []
+    args, shown = [TINY, "--lr 1 --epochs 2 --per-class 4 --pretrained", tmp_path / "checkpoint_last.pth.tar"], []
     for batch in (40, 256):
         ticks = itertools.count()
         monkeypatch.setattr("moco.run.time", SimpleNamespace(perf_counter=lambda ticks=ticks: float(next(ticks))))
-        done = run("main_lincls.py", *words, f"-b {batch} --output-dir", tmp_path)
+        done = run("main_lincls.py", *args, f"-b {batch} --output-dir", tmp_path)
         speeds = [float(row["images_per_second"]) for row in rows(tmp_path / "linear.csv")]
         shown.append((speeds, [line.split("images/s ")[1] for line in done.out.splitlines() if "images/s" in line]))
     assert shown[0] == shown[1] and len(shown[0][0]) == len(shown[0][1]) == 2 and "ETA" in shown[0][1][0]
 
 
-def test_cross_entropy_takes_a_schedule(run, tmp_path):
-    words = [TINY, "--no-cos --lr 0.1 --epochs 3 --schedule 1 2 --output-dir", tmp_path]
-    assert run("main_ce.py", *words).status == 0
+def test_cross_entropy_with_a_schedule(run, tmp_path):
+    args = [TINY, "--no-cos --lr 0.1 --epochs 3 --schedule 1 2 --output-dir", tmp_path]
+    assert run("main_ce.py", *args).status == 0
     assert [float(row["lr"]) for row in rows(tmp_path / "log.csv")] == pytest.approx([0.1, 0.01, 0.001])
 
 
 @pytest.mark.parametrize("script", ["main_supcon.py", "main_ce.py"])
-def test_the_rows_without_a_queue(script, run, tmp_path):
+def test_scripts_without_a_queue(script, run, tmp_path):
     done = run(script, TINY, "--aug-plus --epochs 2 --warm-up 1 --knn-freq 1 --output-dir", tmp_path)
     assert done.status == 0, done.err
     log = rows(tmp_path / "log.csv")
@@ -105,36 +104,36 @@ def test_the_rows_without_a_queue(script, run, tmp_path):
     if script == "main_ce.py":
         assert 0 < float(log[1]["top1"]) <= float(log[1]["top5"]) <= 100
         return
-    words = [TINY, "--recipe supcon --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
-    done = run("main_lincls.py", *words, "--output-dir", tmp_path)
+    args = [TINY, "--recipe supcon --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    done = run("main_lincls.py", *args, "--output-dir", tmp_path)
     assert done.status == 0 and "result: top1=" in done.out
     again = run("main_lincls.py", "-e --dataset digits --resume", tmp_path / "model_best.pth.tar")
-    assert again.out.strip() == done.out.splitlines()[-1]  # with that recipe's images
+    assert again.out.strip() == done.out.splitlines()[-1]  # with the recipe's validation images
 
 
-def test_precision_and_compile_are_taken(run, tmp_path):
+def test_bf16_keeps_the_queue_in_float32(run, tmp_path):
     done = run("main_moco_out.py", TINY_MOCO, "--epochs 1 --precision bf16 --output-dir", tmp_path)
     assert done.status == 0 and "bf16" in done.out
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["state_dict"]["module.queue"].dtype == torch.float32
 
 
 def test_holdout(run, folder, tmp_path):
-    """The last images of each class validate and are not trained on; no validation folder is read."""
-    place = folder(train=6)
-    whole = datasets.load("imagefolder", place, True)
-    train, validation = (datasets.load("imagefolder", place, part, holdout=2) for part in (True, False))
+    """The last images of each class are the validation images, not training images; val/ is not needed."""
+    data = folder(train=6)
+    whole = datasets.load("imagefolder", data, True)
+    train, validation = (datasets.load("imagefolder", data, part, holdout=2) for part in (True, False))
     assert train.paths == whole.paths[:4] + whole.paths[6:10] and train.labels.tolist() == [0] * 4 + [1] * 4
     assert validation.paths == whole.paths[4:6] + whole.paths[10:] and validation.labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(torch.cat([train.images, validation.images]).sum(0), whole.images.sum(0))
-    words = ["-a resnet20 --image-size 12 --epochs 1 -b 4 --holdout 2 --output-dir", tmp_path, place]
-    done = run("main_moco.py", *words, "--moco-k 8 --knn-freq 1")
+    args = ["-a resnet20 --image-size 12 --epochs 1 -b 4 --holdout 2 --output-dir", tmp_path, data]
+    done = run("main_moco.py", *args, "--moco-k 8 --knn-freq 1")
     assert done.status == 0 and "kNN" in done.out
-    done = run("main_lincls.py", *words, "--pretrained", tmp_path / "checkpoint_last.pth.tar")
+    done = run("main_lincls.py", *args, "--pretrained", tmp_path / "checkpoint_last.pth.tar")
     assert done.status == 0 and "8 images" in done.out and "result: top1=" in done.out
 
 
 @pytest.mark.parametrize("warm_up, announced", [(1, False), (2, True), (9, True)])
-def test_a_warm_up_that_takes_most_epochs(warm_up, announced, run, tmp_path):
+def test_a_note_if_the_warm_up_takes_most_epochs(warm_up, announced, run, tmp_path):
     done = run("main_ce.py", TINY, f"--lr 0.8 --warm-up {warm_up} --epochs 3 --output-dir", tmp_path)
     rates = [float(line.split("lr ")[1].split()[0]) for line in done.out.splitlines() if line.startswith("Epoch: [")]
     assert (f"highest lr will be {max(rates):.4g}, --lr is 0.8" in done.out) == announced

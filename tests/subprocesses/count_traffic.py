@@ -1,16 +1,16 @@
-"""Prints the collectives of a short run, with the bytes that rank 0 gives to each: OUT CLASS [OPTION...]. Used by test_processes.
+"""Prints the collectives of a short run, with the bytes that rank 0 passes to each: OUT CLASS [OPTION...]. Used by test_processes.
 
-A line each: what (gather, reduce, broadcast, crops: all-to-all, or bucket: some gradients, in DistributedDataParallel), bytes, the step,
-and how many gradients are still to be computed. By hand: PYTHONPATH=.:tests torchrun --nproc-per-node 4 ...
+Each line has the kind of collective (gather, reduce, broadcast, crops for the all-to-all, or bucket for the gradients in
+a bucket of DistributedDataParallel), its bytes, the step, and how many gradients this backward pass has yet to compute.
+To run it by hand: PYTHONPATH=.:tests torchrun --nproc-per-node 4 tests/subprocesses/count_traffic.py ...
 """
 
 import sys
 
-import torch
 import torch.distributed as dist
 
-from helpers import TINY
-from moco import distributed, methods, options, pretrain
+from helpers import TINY, train
+from moco import distributed, methods
 
 dist.init_process_group("gloo")
 step, missing = 0, 0
@@ -31,7 +31,7 @@ def counted(what, call, argument=0):
 
 
 def forbidden(*args, **kwargs):
-    raise AssertionError("another way in which tensors cross processes")
+    raise AssertionError("a collective that this test does not count")
 
 
 def parallel(model, device):
@@ -72,9 +72,5 @@ wrap, distributed.parallel = distributed.parallel, parallel
 
 out, method_name = sys.argv[1:3]
 method = next(method for method in methods.ALL.values() if method.model.__name__ == method_name)
-words = [*TINY.split(), "-p", "2", "--epochs", "1", "--warm-up", "1", "--output-dir", out, *sys.argv[3:]]
-if method.shuffle_keys:
-    words += ["--moco-k", "80", "--moco-dim", "16", "--mlp"]
-args = options.pretrain_parser("", method.add_options).parse_args(words)
-pretrain.train(method, args, torch.device("cpu"))
+train(method, TINY, "-p 2 --epochs 1 --warm-up 1 --output-dir", out, *sys.argv[3:])
 dist.destroy_process_group()

@@ -1,19 +1,17 @@
-"""Trains two short epochs of every objective, on as many processes as there are. Used by test_processes.
+"""Trains every objective for two short epochs and saves the loss of each step. Used by test_processes.
 
-OUT BN_SPLITS [--compile | --no-compile]: with the third word, of a small network that compiles in seconds.
+OUT BN_SPLITS [--compile | --no-compile]: with a third argument, a small network that compiles in seconds.
 """
 
-import csv
+import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from helpers import TINY
-from moco import distributed, encoders, methods, options, pretrain
-from moco.run import Run
+from helpers import TINY, train
+from moco import distributed, encoders, methods
 
 
 class Small(nn.Module):
@@ -32,26 +30,11 @@ if more:
     encoders.build = lambda arch, stem: Small
 if dist.is_torchelastic_launched():
     dist.init_process_group("gloo")
-
-
-def recorded(self, step, lr):
-    first = self.step
-    sync(self, step, lr)
-    steps.extend(self.losses[first : step + 1].tolist())
-
-
-sync, Run.sync = Run.sync, recorded
 for method in methods.ALL.values():
-    name = method.model.__name__
-    words = [*TINY.split(), "--epochs", "2", "--warm-up", "1", "--bn-splits", splits, "--lr", "0.02"]
-    words += ["--output-dir", str(out / name), *more]
-    if method.shuffle_keys:
-        words += ["--moco-k", "72", "--moco-dim", "16", "--mlp", "--aug-plus", "--moco-t", "0.2"]
-    args, steps = options.pretrain_parser("", method.add_options).parse_args(words), []
-    pretrain.train(method, args, torch.device("cpu"))
+    folder = out / method.model.__name__
+    args = [TINY, f"--epochs 2 --warm-up 1 --bn-splits {splits} --lr 0.02", *more, "--output-dir", folder]
+    losses = train(method, *args)
     if distributed.rank() == 0:
-        with open(out / name / "steps.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerows([["loss"], *([loss] for loss in steps)])
+        (folder / "losses.json").write_text(json.dumps(losses))
 if dist.is_initialized():
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two processes, one of which is killed while the other neither fails nor ends: PORT VICTIM. Used by test_launch."""
+"""Starts two processes and kills one; the other ignores SIGTERM and sleeps: PORT VICTIM. Used by test_launch."""
 
 import os
 import signal
@@ -21,5 +21,5 @@ def worker(device):
 
 
 if __name__ == "__main__":
-    torch.cuda.device_count = lambda: 2  # the processes that it starts see none
+    torch.cuda.device_count = lambda: 2  # only here: the processes that it starts see no GPU
     launch.launch(worker, multiprocessing_distributed=True, dist_url=f"tcp://localhost:{sys.argv[1]}")

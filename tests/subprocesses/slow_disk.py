@@ -1,4 +1,4 @@
-"""slow_disk.py SCRIPT ...: runs a script to which every checkpoint takes two minutes, and is never saved."""
+"""Runs a script that takes two minutes to save a checkpoint: SCRIPT [OPTION...]. Used by test_faults."""
 
 import runpy
 import sys

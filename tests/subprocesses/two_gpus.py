@@ -1,4 +1,4 @@
-"""Runs a script as on a machine with two GPUs: SCRIPT [OPTION...]. The processes that it starts see none: the CPU."""
+"""Runs a script as if there were two GPUs; the two processes that it starts use the CPU: SCRIPT [OPTION...]. Used by test_launch."""
 
 import runpy
 import sys

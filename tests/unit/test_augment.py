@@ -1,4 +1,4 @@
-"""The batched views against torchvision's operations on PIL images, and their parameters against its distributions."""
+"""Batched views against torchvision's operations on PIL images, and their parameters against its distributions."""
 
 import os
 import shutil
@@ -17,8 +17,8 @@ from moco.augment import AUG_PLUS, PLAIN, Recipe
 IDENTITY = torch.tensor([0, 0, 32, 32, 0, 1, 1, 1, 0, 0, 0.0])
 
 
-def pixels(picture):
-    return torch.from_numpy(np.array(picture)).float()
+def pixels(image):
+    return torch.from_numpy(np.array(image)).float()
 
 
 def packed(x):
@@ -36,7 +36,7 @@ def deviation(ours, theirs):
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 8), (48, 40)])
-def test_crop_and_flip_are_pillows(height, width):
+def test_crop_and_flip_agree_with_pillow(height, width):
     x = images(200, height, width)
     parameters = AUG_PLUS.draw(200, height, width, torch.Generator().manual_seed(0))
     theirs = []
@@ -53,14 +53,14 @@ def test_a_crop_of_one_pixel():
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_jitter_is_pillows(name):
+def test_jitter_agrees_with_pillow(name):
     x = images(120)
     factor = torch.linspace(0.2, 1.8, 120)
     theirs = [getattr(tv, f"adjust_{name}")(pillow(i), f.item()) for i, f in zip(x, factor, strict=True)]
     assert deviation(getattr(augment, name)(packed(x), factor.view(-1, 1, 1, 1)), theirs) <= 1
 
 
-def test_hue_is_torchvisions_float_operation():
+def test_hue_agrees_with_torchvision_on_float_tensors():
     x = images(120)
     shift = torch.linspace(-0.5, 0.5, 120)
     theirs = torch.stack([tv.adjust_hue(i / 255, s.item()) for i, s in zip(x, shift, strict=True)])
@@ -69,7 +69,7 @@ def test_hue_is_torchvisions_float_operation():
     assert ours.isfinite().all()
 
 
-def test_grayscale_is_pillows():
+def test_grayscale_agrees_with_pillow():
     x = images(40)
     theirs = [tv.rgb_to_grayscale(pillow(i), 3) for i in x]
     assert deviation(augment.gray(packed(x), torch.ones(40, 1, 1, 1)), theirs) <= 1
@@ -94,8 +94,8 @@ def test_identity_parameters_change_nothing():
     assert (ours * 255 - x).abs().max() < 1e-3
 
 
-def views_by_pillow(recipe, image, row, order):
-    """The chain with given parameters, by torchvision on a PIL image; hue, where PIL is coarse, on a float tensor."""
+def view_by_pillow(recipe, image, row, order):
+    """One view with given parameters, by torchvision on a PIL image; hue on a float tensor, because PIL's has 8 bits."""
     top, left, height, width = (int(v) for v in row[:4])
     picture = tv.resized_crop(pillow(image), top, left, height, width, [recipe.size] * 2)
 
@@ -125,22 +125,22 @@ def test_whole_chain(recipe):
     parameters, order = recipe.draw(120, 40, 36, rng), recipe.draw_order(rng)
     ours = augment.Views(recipe, MEAN, STD, "cpu")(x, parameters, order)
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    theirs = [views_by_pillow(recipe, i, row, order) for i, row in zip(x, parameters, strict=True)]
+    theirs = [view_by_pillow(recipe, i, row, order) for i, row in zip(x, parameters, strict=True)]
     difference = ours - torch.stack([tv.normalize(tv.to_tensor(p), MEAN, STD) for p in theirs])
     difference = difference.abs() * torch.tensor(STD).view(3, 1, 1) * 255
-    # Pillow cuts off to whole numbers after every operation, and the next one can enlarge that.
+    # Pillow truncates to integers after every operation, and later operations can amplify that error.
     assert difference.mean() < 1.5
     assert difference.max() <= 12
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 8), (48, 40), (30, 45)])
-def test_validation_views_are_pillows(height, width):
+def test_validation_views_agree_with_pillow(height, width):
     x = images(20, height, width)
     chain = transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32)])
     ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3)(x).permute(0, 2, 3, 1)
     assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
     ours = augment.Centre(32, (0, 0, 0), (1 / 255,) * 3, crop=False)(x).permute(0, 2, 3, 1)
-    chain = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])  # nothing is squashed
+    chain = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])  # keeps the aspect ratio
     assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
 
 
@@ -184,19 +184,19 @@ def test_colours_have_torchvisions_distribution(recipe):
     if recipe.blur_p:
         assert abs(radius[radius > 0].mean() - 1.05) < 0.02
         assert radius.max() <= 2 and radius[radius > 0].min() >= 0.1
-    # The operations are drawn independently of each other.
+    # The parameters are independent of each other.
     correlation = torch.corrcoef(parameters[applied][:, [4, 5, 6, 7, 8, 9]].T) - torch.eye(6, dtype=torch.float64)
     assert correlation.abs().max() < 0.02
 
 
-def test_every_order_of_the_jitter_is_as_likely():
+def test_all_jitter_orders_are_equally_likely():
     rng = torch.Generator().manual_seed(0)
     orders = [AUG_PLUS.draw_order(rng) for _ in range(4800)]
     counts = [orders.count(order) for order in set(orders)]
     assert len(counts) == 24 and min(counts) > 140 and max(counts) < 260
 
 
-def test_draws_repeat_and_differ():
+def test_a_draw_depends_on_the_seed_only():
     draw = [AUG_PLUS.draw(64, 32, 32, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
@@ -215,13 +215,13 @@ def test_black_and_gray_have_no_hue():
 def test_a_view_does_not_depend_on_its_batch():
     x, parameters = images(16), AUG_PLUS.draw(16, 32, 32, torch.Generator().manual_seed(0))
     views = augment.Views(AUG_PLUS, MEAN, STD, "cpu")
-    with torch.autocast("cpu", torch.bfloat16):  # views are float32 wherever they are made
+    with torch.autocast("cpu", torch.bfloat16):  # views are float32 under autocast, too
         whole = views(x, parameters, (0, 1, 2, 3))
     assert torch.allclose(views(x[5:6], parameters[5:6], (0, 1, 2, 3)), whole[5:6], atol=1e-5)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_views_are_the_same():
+def test_compiled_views_agree_with_eager_ones():
     x, parameters = images(16), AUG_PLUS.draw(16, 32, 32, torch.Generator().manual_seed(0))
     eager = augment.Views(AUG_PLUS, MEAN, STD, "cpu")(x, parameters, (3, 1, 0, 2))
     compiled = augment.Views(AUG_PLUS, MEAN, STD, "cpu", compile=True)(x, parameters, (3, 1, 0, 2))
@@ -230,15 +230,15 @@ def test_compiled_views_are_the_same():
 
 def test_pillow_transform_draws_from_torchs_generator():
     transform = Recipe(size=24).transform(MEAN, STD)
-    picture = pillow(images(1)[0])
-    made = []
+    image = pillow(images(1)[0])
+    views = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        made.append(transform(picture))
-    assert made[0].shape == (3, 24, 24) and torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        views.append(transform(image))
+    assert views[0].shape == (3, 24, 24) and torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
-def test_padded_views_are_torchvisions():
+def test_padded_views_agree_with_torchvision():
     x, recipe = images(120), augment.PADDED
     parameters = recipe.draw(120, 32, 32, torch.Generator().manual_seed(1))
     ours = augment.Views(recipe, MEAN, STD, "cpu")(x, parameters, (0, 1, 2, 3))

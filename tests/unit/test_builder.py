@@ -1,8 +1,7 @@
-"""MoCo and its variants against a second implementation: loops, lists and float64."""
+"""MoCo and its variants against a second implementation with loops and lists in float64."""
 
 import copy
 import inspect
-import math
 import subprocess
 import sys
 from functools import partial
@@ -14,8 +13,7 @@ from torch import nn
 
 from helpers import ROOT
 from moco import encoders, methods, options, pretrain
-from moco.builder import UNLABELLED, LabelAwareMoCo, MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
-from moco.losses import in_loss
+from moco.builder import UNLABELLED, MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
 
 VARIANTS = [MoCo, MoCoIn, MoCoOut, MoCoSupLoss]
 
@@ -50,7 +48,7 @@ def call(model, im_q, im_k, labels, **options):
 
 
 class Reference:
-    """One process's MoCo, as the formulas say it, in float64."""
+    """MoCo on one process in float64, written as in the formulas."""
 
     def __init__(self, model):
         self.variant = type(model)
@@ -82,13 +80,13 @@ class Reference:
                 total = total - ratio[chosen].mean().log()
             else:
                 total = total - ratio[chosen].log().mean()
-            self.watch(s * self.T, chosen)
+            self.record(s * self.T, chosen)
         for key, label in zip(k, labels, strict=True):
             self.keys[self.next], self.labels[self.next] = key, label
             self.next = (self.next + 1) % self.K
         return total / len(q)
 
-    def watch(self, similarities, chosen):
+    def record(self, similarities, chosen):
         similarities, chosen = similarities.tolist(), chosen.tolist()
         self.right.append(chosen[similarities.index(max(similarities))])
         self.positive += [s for s, positive in zip(similarities, chosen, strict=True) if positive]
@@ -111,8 +109,8 @@ class Reference:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_eight_steps_are_the_formulas(variant):
-    """The queue of 20 wraps around within a batch of 8."""
+def test_eight_steps_against_the_formulas(variant):
+    """Losses, health, queue, labels, weights and running statistics. The queue of 20 wraps around within a batch of 8."""
     model = make(variant)
     model.measure_health = True
     reference = Reference(model)
@@ -139,7 +137,8 @@ def test_eight_steps_are_the_formulas(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_queue_wraps_around_and_takes_the_last_keys_of_a_long_batch(variant):
+def test_queue_has_the_last_keys(variant):
+    """It wraps around, also within a batch; a batch larger than the queue leaves only its last keys."""
     for size in (20, 8, 5, 3, 1):
         model = make(variant, K=size)
         written = []
@@ -147,8 +146,8 @@ def test_queue_wraps_around_and_takes_the_last_keys_of_a_long_batch(variant):
             im_q, im_k, labels = batch(step)
             call(model, im_q, im_k, labels)
             with torch.no_grad():
-                again = copy.deepcopy(model.encoder_k).train()
-                keys = F.normalize(again(im_k), dim=1)
+                encoder = copy.deepcopy(model.encoder_k).train()
+                keys = F.normalize(encoder(im_k), dim=1)
             written += list(zip(keys, labels.tolist(), strict=True))
             assert model.queue_ptr.item() == len(written) % size
         for position in range(len(written) - min(size, len(written)), len(written)):
@@ -158,13 +157,13 @@ def test_queue_wraps_around_and_takes_the_last_keys_of_a_long_batch(variant):
                 assert model.label_queue[position % size] == label
 
 
-def test_slots_that_were_never_filled():
+def test_unfilled_slots_of_the_queue():
     model = make(MoCoOut)
     assert torch.allclose(model.queue.norm(dim=0), torch.ones(20), atol=1e-5)
     assert (model.label_queue == UNLABELLED).all()
     model.measure_health = True
     im_q, im_k, _ = batch(0)
-    model(im_q, im_k, torch.full((8,), UNLABELLED))  # matches nothing but the query's own key
+    model(im_q, im_k, torch.full((8,), UNLABELLED))  # the only positive is the query's own key
     assert model.health[3] == 1
 
 
@@ -184,31 +183,31 @@ def test_momentum_update_and_gradients():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("splits", [1, 2])
 def test_keys_of_shuffled_rows_come_back_in_order(variant, splits):
-    """What `order` undoes by index is what the model's own shuffle does to the images."""
+    """Images that come shuffled, with their `order`, give the same keys as images that the model shuffles itself."""
     im_q, im_k, labels = batch(0)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
-    direct = make(variant, splits)
-    loss = call(direct, im_q, im_k[order], labels, order=order)
-    by_hand = make(variant, splits)
+    given = make(variant, splits)
+    loss = call(given, im_q, im_k[order], labels, order=order)
+    own = make(variant, splits)
     torch.manual_seed(3)
     drawn = torch.randperm(8)
     torch.manual_seed(3)
-    gathered = call(by_hand, im_q, im_k, labels)
-    if splits == 1:  # one group: the shuffle changes nothing
-        assert gathered.item() == pytest.approx(loss.item(), rel=1e-5)
-        assert torch.allclose(direct.queue, by_hand.queue, atol=1e-5)
+    own_loss = call(own, im_q, im_k, labels)  # draws the same permutation
+    if splits == 1:  # one group, so the shuffle does not change batch norm
+        assert own_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert torch.allclose(given.queue, own.queue, atol=1e-5)
     again = make(variant, splits)
-    assert call(again, im_q, im_k[drawn], labels, order=drawn).item() == pytest.approx(gathered.item(), rel=1e-6)
-    assert torch.allclose(again.queue, by_hand.queue, atol=1e-6)
+    assert call(again, im_q, im_k[drawn], labels, order=drawn).item() == pytest.approx(own_loss.item(), rel=1e-6)
+    assert torch.allclose(again.queue, own.queue, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_chunks_of_shuffled_keys_by_hand(variant):
-    """Each half of the shuffled images meets batch norm alone; key order[j] is the one of shuffled row j."""
+    """Each half of the shuffled images is normalised separately; shuffled row j gives key order[j]."""
     im_q, im_k, labels = batch(0)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
     model = make(variant, splits=2)
-    halves = [make(variant).encoder_k(half) for half in im_k[order].chunk(2)]  # batch norm over all that it gets
+    halves = [make(variant).encoder_k(half) for half in im_k[order].chunk(2)]  # batch norm over one half
     wanted = torch.empty(8, 8)
     for j, key in enumerate(F.normalize(torch.cat(halves), dim=1)):
         wanted[order[j]] = key
@@ -220,7 +219,7 @@ def test_two_chunks_of_shuffled_keys_by_hand(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evaluation_mode(variant):
-    """Chunks and shuffles mean nothing where batch norm takes its running statistics, and leave them alone."""
+    """Batch norm uses its running statistics and does not update them, so chunks and shuffles do not matter."""
     im_q, im_k, labels = batch(0)
     losses = []
     for splits in (1, 2):
@@ -230,11 +229,11 @@ def test_evaluation_mode(variant):
             assert (encoder.bn1.running_mean == 0).all() and (encoder.bn1.running_var == 1).all()
         keys = F.normalize(model.encoder_k(im_k), dim=1)
         assert torch.allclose(model.queue[:, :8].T, keys, atol=1e-6)
-    if variant is not MoCoSupLoss:  # its chunks are separate contrast sets
+    if variant is not MoCoSupLoss:  # each of its chunks is a contrast set of its own
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
 
 
-def test_bn_splits_see_what_as_many_processes_would():
+def test_bn_splits_reproduce_the_batch_norm_of_as_many_processes():
     images = batch(0)[0]
     model = make(MoCo, splits=2)
     halves = []
@@ -249,7 +248,7 @@ def test_bn_splits_see_what_as_many_processes_would():
 
 
 def test_suploss_contrasts_within_a_process():
-    """With two chunks, a query meets the other queries and keys of its own chunk alone."""
+    """With two chunks, a query is contrasted only with the queries and keys of its own chunk, and with the queue."""
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(8, 8), dim=1) for _ in range(2))
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
@@ -314,32 +313,8 @@ def test_defaults_of_the_constructor():
     assert isinstance(model.encoder_q.fc, nn.Linear)
 
 
-def test_health_of_info_nce():
-    model = make(MoCo)
-    model.measure_health = True
-    im_q, im_k, _ = batch(0)
-    with torch.no_grad():
-        loss = model(im_q, im_k)
-    accuracy, positive, negative, positives = model.health.tolist()
-    assert 0 <= accuracy <= 1 and positives == 1 and -1 <= negative <= positive <= 1 and math.isfinite(loss)
-
-
-def test_a_variant_in_a_few_lines():
-    class Half(LabelAwareMoCo):
-        """Only positives of the queue: the step's own keys take no part."""
-
-        def objective(self, q, labels, k_all, labels_all):
-            positives = labels[:, None] == self.label_queue
-            return in_loss(q @ self.queue.clone() / self.T, positives)
-
-    model = make(Half)
-    losses = [call(model, *batch(step)) for step in range(3)]
-    assert losses[0] > -1 and all(loss.isfinite() for loss in losses)
-    losses[-1].backward()
-
-
 def test_the_builder_imports_no_command_line():
-    """A user's own program needs neither options nor data sets nor plots."""
+    """Nor data sets or plots: a user's own program does not need them."""
     unwanted = ["moco.options", "moco.datasets", "moco.augment", "moco.run", "moco.pretrain", "matplotlib", "sklearn"]
     code = f"import sys, moco.builder, moco.baselines; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -347,8 +322,8 @@ def test_the_builder_imports_no_command_line():
 
 
 @pytest.mark.parametrize("name", methods.ALL)
-def test_a_key_encoder_never_takes_gradient(name):
-    """Neither with chunks for batch norm, nor after a step."""
+def test_the_key_encoder_gets_no_gradient(name):
+    """With batch norm over chunks, after a step."""
     method = methods.ALL[name]
     args = options.pretrain_parser("", method.add_options, method.defaults).parse_args(["--bn-splits", "2"])
     args = options.Options(**vars(args) | dict(moco_k=20, moco_dim=8, dim=8))
@@ -368,7 +343,7 @@ def proto(**options):
     return make(partial(MoCoProto, classes=3), **options)
 
 
-def test_prototypes_are_the_formula():
+def test_prototypes_against_the_formula():
     model, plain = proto(), make(MoCoIn)
     im_q, im_k, _ = batch(0)
     prototypes = F.normalize(model.prototypes.detach().double(), dim=1)
@@ -378,19 +353,18 @@ def test_prototypes_are_the_formula():
         if label != UNLABELLED:
             s = torch.stack([q[i] @ c / model.T for c in prototypes]).exp()
             terms.append(-(s[label] / s.sum()).log())
-    plain = make(MoCoIn)
     expected = plain(im_q, im_k, LABELS).item() + (sum(terms) / len(terms)).item()
     assert len(terms) == 6 and model(im_q, im_k, LABELS).item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(model.label_queue, plain.label_queue)
 
 
-def test_a_batch_without_labels_leaves_prototypes_in_the_graph():
+def test_prototypes_get_a_zero_gradient_from_a_batch_without_labels():
     model, plain = proto(), make(MoCoIn)
     im_q, im_k, _ = batch(0)
-    nothing = torch.full((8,), UNLABELLED)
-    loss = model(im_q, im_k, nothing)
+    labels = torch.full((8,), UNLABELLED)
+    loss = model(im_q, im_k, labels)
     loss.backward()
-    assert loss.item() == plain(im_q, im_k, nothing).item()
+    assert loss.item() == plain(im_q, im_k, labels).item()
     assert torch.equal(model.prototypes.grad, torch.zeros(3, 8))
 
 

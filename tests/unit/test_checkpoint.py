@@ -1,4 +1,4 @@
-"""A checkpoint is written whole or not at all, and read back only if its checksums agree."""
+"""A checkpoint is written completely or not at all, and only read if its checksums match."""
 
 import argparse
 import datetime
@@ -10,16 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import full
+from helpers import no_space
 from moco import checkpoint
 from moco.errors import RunError, UsageError
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth.tar"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
     before = path.read_bytes()
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(checkpoint.RunError, match="No space left on device"):
         checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -29,15 +29,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         writer.finish()
 
 
-def test_a_full_disk_is_called_one(tmp_path):
-    """As torch tells it, there is an 'enforce fail at inline_container.cc'."""
+def test_a_full_disk_is_named_in_the_error(tmp_path):
+    """torch itself reports 'enforce fail at inline_container.cc'."""
     os.symlink("/dev/full", tmp_path / "a.tmp")
     with pytest.raises(checkpoint.RunError, match=r"could not be written: No space left on device$"):
         checkpoint.save(tmp_path / "a", {"state_dict": {"a": torch.ones(3)}})
 
 
-def test_a_checkpoint_is_kept_before_it_is_the_last(tmp_path, monkeypatch):
-    """Whoever is killed in between makes both again."""
+def test_a_save_writes_the_numbered_checkpoint_first(tmp_path, monkeypatch):
+    """If the process is killed before it replaces the last checkpoint, the resumed run writes both again."""
     path, kept = tmp_path / "last", tmp_path / "kept"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(3)}})
 
@@ -52,8 +52,8 @@ def test_a_checkpoint_is_kept_before_it_is_the_last(tmp_path, monkeypatch):
     assert [checkpoint.load(p)["state_dict"]["a"].sum() for p in (path, kept)] == [0, 3]
 
 
-def test_a_checkpoint_is_saved_as_it_was(tmp_path):
-    """Training goes on while it is written."""
+def test_a_checkpoint_has_the_weights_at_the_call_of_save(tmp_path):
+    """Training continues and changes the weights while a thread writes them."""
     writer, gate = checkpoint.Writer(), threading.Event()
     writer.thread.submit(gate.wait)
     weights = torch.zeros(3)
@@ -66,18 +66,18 @@ def test_a_checkpoint_is_saved_as_it_was(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "checkpoint.pth.tar"
     checkpoint.save(path, {"epoch": 1, "arch": "resnet20", "state_dict": {"module.a": torch.arange(300.0)}})
     return path
 
 
-def test_a_tensor_marked_as_a_folder(whole):
-    """A bit that no checksum covers, for which torch.load returns uninitialised memory."""
-    content = bytearray(whole.read_bytes())
+def test_a_tensor_marked_as_a_folder(saved):
+    """No checksum covers this bit, and with it torch.load would return uninitialised memory."""
+    content = bytearray(saved.read_bytes())
     entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))
     content[entry + 38] |= 0x10  # its external attributes
-    folder = whole.with_name("folder.pth.tar")
+    folder = saved.with_name("folder.pth.tar")
     folder.write_bytes(content)
     with pytest.raises(RunError, match=r"folder\.pth\.tar' cannot be read .*: archive/data/0"):
         checkpoint.load(folder)
@@ -85,12 +85,12 @@ def test_a_tensor_marked_as_a_folder(whole):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_damaged_checkpoints(whole, choose):
-    """Bytes changed, lost or added anywhere: the same tensors, or refused in one line."""
-    content = bytearray(whole.read_bytes())
-    at = choose.draw(st.integers(0, len(content) - 1))
-    how = choose.draw(st.sampled_from(["change", "cut", "insert", "drop"]))
-    noise = choose.draw(st.binary(min_size=1, max_size=8))
+def test_damaged_checkpoints(saved, data):
+    """With bytes changed, removed or inserted anywhere, it either loads the same tensors or is refused in one line."""
+    content = bytearray(saved.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    how = data.draw(st.sampled_from(["change", "cut", "insert", "drop"]))
+    noise = data.draw(st.binary(min_size=1, max_size=8))
     if how == "change":
         content[at : at + len(noise)] = noise
     elif how == "cut":
@@ -99,7 +99,7 @@ def test_damaged_checkpoints(whole, choose):
         content[at:at] = noise
     else:
         del content[at : at + len(noise)]
-    damaged = whole.with_name("damaged.pth.tar")
+    damaged = saved.with_name("damaged.pth.tar")
     damaged.write_bytes(content)
     try:
         loaded = checkpoint.load(damaged)
@@ -109,7 +109,7 @@ def test_damaged_checkpoints(whole, choose):
         assert torch.equal(loaded["state_dict"]["module.a"], torch.arange(300.0))
 
 
-def test_a_namespace_is_data_and_other_classes_are_not_read(tmp_path):
+def test_a_namespace_is_read_but_no_other_class(tmp_path):
     saved = {"state_dict": {"module.a": torch.zeros(1)}, "args": argparse.Namespace(lr=0.1)}
     torch.save(saved, tmp_path / "a.pth")
     assert checkpoint.load(tmp_path / "a.pth")["args"].lr == 0.1

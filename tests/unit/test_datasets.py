@@ -1,4 +1,4 @@
-"""Which images a data set has, which of them have a label, and where they are kept."""
+"""The images and labels of a data set, and whether its images are in memory."""
 
 import os
 
@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from helpers import add_unlabelled
-from moco import (
-    datasets,
-)
+from moco import datasets
 
 
-def test_which_cifar(tmp_path):
+def test_which_data_sets_a_folder_can_have(tmp_path):
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / ".hidden").touch()
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
@@ -23,7 +21,7 @@ def test_which_cifar(tmp_path):
     assert datasets.candidates(tmp_path) == ["imagefolder"]
 
 
-def test_the_first_of_each_class_keep_their_label():
+def test_labels_per_class_keeps_the_first_labels_of_each_class():
     whole = datasets.load("digits", None, True, per_class=16)
     split = datasets.load("digits", None, True, per_class=16, labels_per_class=3)
     assert torch.equal(split.images, whole.images) and len(split) == 160
@@ -31,14 +29,16 @@ def test_the_first_of_each_class_keep_their_label():
     for label, true in zip(split.labels.tolist(), whole.labels.tolist(), strict=True):
         assert label == (true if seen[true] < 3 else -1)
         seen[true] += 1
-    # what main_lincls.py --per-class 3 trains on
+    # main_lincls.py --per-class 3 trains on the same images.
     linear = datasets.load("digits", None, True, per_class=3)
     assert torch.equal(split.labelled().images, linear.images) and torch.equal(split.labelled().labels, linear.labels)
     assert torch.equal(datasets.load("digits", None, True, per_class=16, labels_per_class=99).labels, whole.labels)
     assert set(datasets.load("digits", None, True, labels_per_class=0).labels.tolist()) == {-1}
 
 
-@pytest.mark.parametrize("size", [(12, 12), (13, 20)])  # of one size: in memory; of several: in their files
+@pytest.mark.parametrize(
+    "size", [(12, 12), (13, 20)]
+)  # images of one size are kept in memory, of several sizes in their files
 def test_unlabelled_images_of_a_folder(folder, size):
     data = add_unlabelled(folder(train=6, val=2), size=size)
 
@@ -60,7 +60,7 @@ def test_unlabelled_images_of_a_folder(folder, size):
 def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):
     data, opened = folder(train=8, val=5), []
     monkeypatch.setattr(
-        datasets, "open_image", lambda *words, f=datasets.open_image, **more: opened.append(1) or f(*words, **more)
+        datasets, "open_image", lambda *args, f=datasets.open_image, **options: opened.append(1) or f(*args, **options)
     )
     split = datasets.load("imagefolder", data, True, per_class=2)
     assert split.images.shape == (4, 3, 12, 12) and len(opened) <= 5

@@ -1,3 +1,5 @@
+"""Base encoders against torchvision and the papers, and batch norm over chunks."""
+
 import copy
 
 import pytest
@@ -11,7 +13,7 @@ from moco.errors import UsageError
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_names_are_torchvisions(arch):
+def test_parameters_have_torchvisions_names(arch):
     ours = encoders.build(arch)(num_classes=16).state_dict()
     theirs = models.get_model(arch, num_classes=16).state_dict()
     assert list(ours) == list(theirs)
@@ -55,7 +57,7 @@ def test_resnet20():
 
 
 def test_resnet20_is_the_network_of_the_paper():
-    """Its forward pass once more, in float64, from the weights alone."""
+    """Its forward pass agrees with one in float64 that is written from its weights."""
     torch.manual_seed(0)
     network = encoders.build("resnet20")(num_classes=10).double().eval()
     for name, weight in network.state_dict().items():
@@ -85,7 +87,7 @@ def test_resnet20_is_the_network_of_the_paper():
     assert torch.allclose(network(images), wanted)
 
 
-def test_convolutions_of_resnet20_start_as_he_et_al_say():
+def test_resnet20_is_initialised_as_by_he_et_al():
     network = encoders.build("resnet20")(num_classes=10)
     for convolution in (m for m in network.modules() if isinstance(m, nn.Conv2d)):
         wanted = (2 / (9 * convolution.out_channels)) ** 0.5
@@ -93,7 +95,7 @@ def test_convolutions_of_resnet20_start_as_he_et_al_say():
 
 
 def chunk_by_chunk(network, images, splits):
-    """Features of each chunk by a copy of the network; the copies' mean running statistics, by name."""
+    """Applies a copy of the network to each chunk: the features, and the mean of the copies' running statistics by name."""
     chunks = images.chunk(splits)
     copies = [copy.deepcopy(network) for _ in chunks]
     features = torch.cat([one(chunk) for one, chunk in zip(copies, chunks, strict=True)])
@@ -103,7 +105,7 @@ def chunk_by_chunk(network, images, splits):
 
 
 class Layers(nn.Module):
-    """Every kind of batch norm of PyTorch's, one without a running statistic, one without parameters."""
+    """BatchNorm1d, 2d and 3d; one without running statistics, one without parameters."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +123,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("size", [12, 11, 3], ids=["divisible", "a smaller chunk", "fewer than chunks"])
 def test_batch_norm_of_chunks(size, compiled):
-    """Features, gradients and running statistics are those of chunk by chunk, for any layer and any batch."""
+    """Features, gradients and running statistics are as if the network saw one chunk after another."""
     torch.manual_seed(0)
     network = Layers() if size > 3 else nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     for p in network.parameters():
@@ -157,8 +159,8 @@ def test_batch_norm_of_chunks_keeps_names_and_parameters():
     assert type(network.bn1) is not nn.BatchNorm2d
 
 
-def test_batch_norm_of_chunks_in_evaluation():
-    """One image like another, in one pass, by the running statistics, which stay."""
+def test_batch_norm_of_chunks_in_eval_mode():
+    """It normalises all images by its running statistics, and does not update them."""
     torch.manual_seed(0)
     network = encoders.build("resnet20")(num_classes=5)
     network(torch.randn(8, 3, 8, 8))
@@ -171,7 +173,7 @@ def test_batch_norm_of_chunks_in_evaluation():
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_batch_norm_of_chunks_of_a_large_mean(compiled):
-    """1,000 times the deviation: the mean square less the squared mean would have no digit left in float32."""
+    """With a mean of 1,000 times the standard deviation, E[x^2] - E[x]^2 would lose all digits in float32."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.BatchNorm2d(3))
     encoders.split_batch_norm(layer, 2)
@@ -187,7 +189,7 @@ def test_batch_norm_of_chunks_of_a_large_mean(compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_batch_norm_of_chunks_keeps_the_type(compiled):
+def test_batch_norm_of_chunks_keeps_the_dtype(compiled):
     layer = nn.Sequential(nn.BatchNorm2d(3))
     encoders.split_batch_norm(layer, 2)
     call = torch.compile(layer, backend="aot_eager") if compiled else layer
@@ -222,7 +224,7 @@ def test_mlp_head():
 def test_other_architectures_are_refused(arch, why):
     with pytest.raises(UsageError, match=why) as refusal:
         encoders.build(arch)
-    for word in (f"'{arch}'", "resnet20", "resnet50"):  # what was asked for, and what there is
+    for word in (f"'{arch}'", "resnet20", "resnet50"):  # the unknown name, and some valid ones
         assert word in str(refusal.value)
     assert "\n" not in str(refusal.value)
 

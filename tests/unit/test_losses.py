@@ -1,4 +1,4 @@
-"""The objectives against their formulas, written as loops in float64."""
+"""The losses against their formulas, written as loops in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from moco.losses import contrast_health, in_loss, info_nce, out_loss
 
 
 def formula(logits, positives, contrast, inside):
-    """Mean over the rows with a positive of L_in or L_out, one exponential at a time."""
+    """L_in (`inside`) or L_out: the mean over the rows with a positive, one exponential at a time."""
     total, rows = 0, 0
     for i in range(len(logits)):
         members = [a for a in range(logits.shape[1]) if contrast[i, a]]
@@ -38,21 +38,21 @@ def case(n=6, m=17, scale=3.0, seed=0):
     return logits, positives, contrast
 
 
-everything = torch.ones(6, 17, dtype=torch.bool)
+ALL = torch.ones(6, 17, dtype=torch.bool)
 
 
-def both(logits):
-    """The same values as a float32 and as a float64 leaf."""
+def leaves(logits):
+    """The same values as a leaf in float32 and one in float64."""
     return logits.float().requires_grad_(), logits.clone().requires_grad_()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_in_and_out_are_their_formulas(seed):
+def test_in_and_out_against_their_formulas(seed):
     logits, positives, contrast = case(seed=seed)
     for loss, inside, mask in ((in_loss, True, None), (out_loss, False, None), (out_loss, False, contrast)):
-        ours, theirs = both(logits)
+        ours, theirs = leaves(logits)
         value = loss(ours, positives) if mask is None else loss(ours, positives, mask)
-        wanted = formula(theirs, positives, everything if mask is None else mask, inside)
+        wanted = formula(theirs, positives, ALL if mask is None else mask, inside)
         assert value.dtype == torch.float32 and value.shape == ()
         assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
         value.backward()
@@ -60,7 +60,7 @@ def test_in_and_out_are_their_formulas(seed):
         assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
 
 
-def test_info_nce_is_cross_entropy_against_the_own_key():
+def test_info_nce_is_the_cross_entropy_of_the_own_key():
     rng = torch.Generator().manual_seed(0)
     q, k = (F.normalize(torch.randn(5, 8, generator=rng, dtype=torch.float64), dim=1) for _ in range(2))
     queue = F.normalize(torch.randn(8, 11, generator=rng, dtype=torch.float64), dim=0)
@@ -80,7 +80,7 @@ def test_large_logits(scale):
         value.backward()
         wanted.backward()
         assert leaf.grad.isfinite().all()
-        # A ratio is the exponential of a difference of logits, each rounded to 2^-24 of `scale`.
+        # A gradient is an exponential of a difference of logits, and float32 rounds each to 2^-24 of `scale`.
         assert torch.allclose(leaf.grad.double(), exact.grad, atol=scale * 2**-22)
 
 
@@ -95,9 +95,9 @@ def large_losses(logits, positives, contrast):
             rows = -(log_ratio * chosen).sum(1) / chosen.sum(1)
         return rows.mean()
 
-    ours, exact = zip(*(both(logits) for _ in range(3)), strict=True)
-    yield in_loss(ours[0], positives), by_logarithms(exact[0], everything, True), ours[0], exact[0]
-    yield out_loss(ours[1], positives), by_logarithms(exact[1], everything, False), ours[1], exact[1]
+    ours, exact = zip(*(leaves(logits) for _ in range(3)), strict=True)
+    yield in_loss(ours[0], positives), by_logarithms(exact[0], ALL, True), ours[0], exact[0]
+    yield out_loss(ours[1], positives), by_logarithms(exact[1], ALL, False), ours[1], exact[1]
     yield out_loss(ours[2], positives, contrast), by_logarithms(exact[2], contrast, False), ours[2], exact[2]
 
 
@@ -120,7 +120,7 @@ def test_the_order_of_the_columns_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
+def test_half_precision_logits_are_converted_to_float32(dtype):
     logits, positives, contrast = case()
     logits = logits.to(dtype)
     for loss in (in_loss, out_loss):
@@ -168,10 +168,10 @@ def test_in_is_at_most_out_and_equal_for_one_positive():
     wanted = F.cross_entropy(logits, torch.zeros(6, dtype=torch.long)).item()
     assert in_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
     assert out_loss(logits, one).item() == pytest.approx(wanted, rel=1e-6)
-    assert in_loss(logits, everything).item() == pytest.approx(math.log(17), rel=1e-6)
+    assert in_loss(logits, ALL).item() == pytest.approx(math.log(17), rel=1e-6)
     mean = (logits.logsumexp(1) - logits.mean(1)).mean().item()
-    assert out_loss(logits, everything).item() == pytest.approx(mean, rel=1e-6)
-    # InfoNCE is either of them, with the query's own key for the one positive.
+    assert out_loss(logits, ALL).item() == pytest.approx(mean, rel=1e-6)
+    # InfoNCE equals both, with the query's own key as the only positive.
     q, k, queue = logits[:, :4].float(), logits[:, 4:8].float(), logits[:4].float()
     s = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / 0.5
     own = torch.zeros(6, 18, dtype=torch.bool)
@@ -182,11 +182,11 @@ def test_in_is_at_most_out_and_equal_for_one_positive():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("whole", [True, False])
-def test_health_by_counting(seed, whole):
+def test_health_against_loops(seed, whole):
     logits, positives, contrast = case(seed=seed)
-    logits[~contrast] += 100  # what is most similar may lie outside A(i)
+    logits[~contrast] += 100  # the most similar columns lie outside A(i)
     if whole:
-        contrast = everything
+        contrast = ALL
     right, positive, negative, number = 0, [], [], 0
     for i in range(6):
         members = [a for a in range(17) if contrast[i, a]]
@@ -202,12 +202,12 @@ def test_health_by_counting(seed, whole):
 
 def test_health_without_positives_or_negatives_is_finite():
     logits, _, _ = case()
-    for positives in (everything, ~everything):
+    for positives in (ALL, ~ALL):
         assert contrast_health(logits, positives, 0.2).isfinite().all()
 
 
 def weighted(logits, weights, contrast, inside):
-    """The weighted L_in or L_out of each row with a positive, by row, one exponential at a time."""
+    """{row: weighted L_in or L_out} for the rows with a positive, one exponential at a time."""
     rows = {}
     for i in range(len(logits)):
         members = [a for a in range(logits.shape[1]) if contrast[i, a]]
@@ -222,15 +222,15 @@ def weighted(logits, weights, contrast, inside):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_weights_and_rows_are_their_formulas(seed):
+def test_weights_and_rows_against_their_formulas(seed):
     logits, positives, contrast = case(seed=seed)
     weights = torch.rand(6, 17, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * positives
     weights[1], weights[2] = 0, weights[2] * 1e-3
     for loss, inside, mask in ((in_loss, True, None), (out_loss, False, None), (out_loss, False, contrast)):
-        ours, theirs = both(logits)
+        ours, theirs = leaves(logits)
         more = () if mask is None else (mask,)
         losses, counted = loss(ours, weights, *more, reduction="rows")
-        wanted = weighted(theirs, weights, everything if mask is None else mask, inside)
+        wanted = weighted(theirs, weights, ALL if mask is None else mask, inside)
         assert losses.dtype == torch.float32 and losses.shape == counted.shape == (6,)
         assert counted.nonzero().flatten().tolist() == list(wanted) and losses[1] == 0
         assert losses[counted].tolist() == pytest.approx([row.item() for row in wanted.values()], rel=1e-5)
@@ -241,8 +241,8 @@ def test_weights_and_rows_are_their_formulas(seed):
         assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
 
 
-def test_a_mask_is_weights_of_0_and_1():
-    """Loss and gradient, bit for bit."""
+def test_a_mask_equals_weights_of_0_and_1():
+    """The loss and the gradient agree bit for bit."""
     logits, positives, contrast = case()
     positives[1] = False
     for loss, more in ((in_loss, ()), (out_loss, ()), (out_loss, (contrast,))):

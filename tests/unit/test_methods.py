@@ -1,4 +1,4 @@
-"""Learning rates at each epoch, and the contrast of a batch without a queue."""
+"""Learning rates, and the positives of SupContrast."""
 
 import math
 
@@ -9,7 +9,8 @@ from moco import baselines, encoders, methods
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-def test_an_unlabelled_anchor_of_supcontrast_has_its_other_view(splits, monkeypatch):
+def test_positives_of_supcontrast(splits, monkeypatch):
+    """Other views with the anchor's label; the only positive of an unlabelled anchor is its other view."""
     torch.manual_seed(0)
     model = baselines.SupContrast(encoders.build("resnet20"), 8, bn_splits=splits)
     labels = torch.tensor([3, -1, 3, -1, -1, 2, -1, 0])
@@ -18,7 +19,7 @@ def test_an_unlabelled_anchor_of_supcontrast_has_its_other_view(splits, monkeypa
     monkeypatch.setattr(baselines, "out_loss", lambda *masks: seen.append(masks) or loss(*masks))
     model(torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8), labels)
     _, positives, contrast = seen[0]
-    # which image a row shows: the first views of a chunk, then its second ones
+    # The image of each row: a chunk has its first views, then its second views.
     images = torch.arange(8).view(splits, 1, -1).expand(-1, 2, -1).flatten().tolist()
     for row, image in enumerate(images):
         same = {image} if labels[image] < 0 else set((labels == labels[image]).nonzero().flatten().tolist())
@@ -51,7 +52,7 @@ def test_schedule_at_each_boundary():
 
 
 def test_the_schedule_of_supcontrasts_authors_at_each_boundary():
-    """Their epochs count from 1: the cosine of epoch e is at e, and the warm-up of ten epochs ends on that of ten."""
+    """Their epochs count from 1: epoch e has the cosine at e, and a warm-up of ten epochs ends at the cosine of epoch 10."""
     lowest = 0.5 * 0.1**3
 
     def rate(moment, warm_up=10):

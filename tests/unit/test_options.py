@@ -1,4 +1,4 @@
-"""What the options of a run are after resolving."""
+"""Parsing and resolving options."""
 
 from argparse import Namespace
 
@@ -26,11 +26,11 @@ VALUES = st.one_of(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(NAMES.split()), st.lists(VALUES, max_size=3)), max_size=4))
 def test_any_command_line(capsys, pairs):
-    """Parsed, or refused in one line with status 2."""
+    """Either it parses, or it is refused in one line with status 2."""
     parser = options.pretrain_parser("Title.\n\nText.", methods.OUT.add_options)
     capsys.readouterr()
     try:
-        parser.parse_args([word for name, values in pairs for word in (name, *values)])
+        parser.parse_args([arg for name, values in pairs for arg in (name, *values)])
     except SystemExit as exit:
         assert exit.code == 2
         err = capsys.readouterr().err
@@ -38,29 +38,29 @@ def test_any_command_line(capsys, pairs):
 
 
 @pytest.mark.parametrize("size, expected", [(64, datasets.CIFAR10), (65, datasets.IMAGENET), (224, datasets.IMAGENET)])
-def test_statistics_of_large_images(size, expected, photos):
-    words = ["--image-size", str(size), str(photos())]
-    args = options.pretrain_parser("", methods.OUT.add_options).parse_args(words)
+def test_large_images_have_the_statistics_of_imagenet(size, expected, photos):
+    data = str(photos())
+    args = options.pretrain_parser("", methods.OUT.add_options).parse_args(["--image-size", str(size), data])
     resolved = options.resolve(args, torch.device("cpu"))
     assert (tuple(resolved.mean), tuple(resolved.std)) == expected
-    linear = options.linear_parser("").parse_args(words[2:])
+    linear = options.linear_parser("").parse_args([data])
     saved = {"options": options.plain(resolved), "arch": "resnet50"}
     weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
-    agreed = options.resolve_linear(linear, torch.device("cpu"), "a checkpoint", saved, weights)
-    assert (agreed.image_size, agreed.mean, agreed.std) == (size, resolved.mean, resolved.std)
+    linear = options.resolve_linear(linear, torch.device("cpu"), "a checkpoint", saved, weights)
+    assert (linear.image_size, linear.mean, linear.std) == (size, resolved.mean, resolved.std)
 
 
-def test_resolve_leaves_small_images_alone():
+def test_digits_keep_their_statistics_at_any_size():
     args = Namespace(batch_size=4, dataset="digits", data=None, image_size=96, mean=None, std=None, precision=None)
     assert options.resolve(args, torch.device("cpu")).mean == list(datasets.STATISTICS["digits"][0])
 
 
-def test_linear_evaluation_of_an_imagenet_checkpoint_that_says_nothing():
+def test_linear_evaluation_of_an_imagenet_checkpoint_without_options():
     weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
 
-    def resolved(*words, **options_of_the_checkpoint):
-        args = options.linear_parser("").parse_args([*words, "-a", "resnet50", "--dataset", "imagefolder", "data/"])
-        saved = {"options": options_of_the_checkpoint}
+    def resolved(*more, **saved_options):
+        args = options.linear_parser("").parse_args([*more, "-a", "resnet50", "--dataset", "imagefolder", "data/"])
+        saved = {"options": saved_options}
         return options.resolve_linear(args, torch.device("cpu"), "moco.pth.tar", saved, weights)
 
     args = resolved()

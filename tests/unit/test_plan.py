@@ -1,4 +1,4 @@
-"""Which processes a launch starts, and on which devices."""
+"""The processes that a launch starts, and their devices."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ URL = launch.DIST_URL.removeprefix("tcp://")
 
 
 @pytest.mark.parametrize(
-    "gpus, options, ranks, world_size, place",
+    "gpus, options, ranks, world_size, master",
     [
         (0, {}, None, 1, None),
         (8, {}, None, 1, None),
@@ -32,7 +32,7 @@ URL = launch.DIST_URL.removeprefix("tcp://")
         (8, dict(world_size=2, rank=0, dist_url="tcp://[::1]:99"), range(1), 2, "::1:99"),
     ],
 )
-def test_processes_that_options_start(gpus, options, ranks, world_size, place):
+def test_processes_that_options_start(gpus, options, ranks, world_size, master):
     processes = launch.plan({}, gpus, **options)
     if ranks is None:
         assert processes == [{}]
@@ -40,7 +40,7 @@ def test_processes_that_options_start(gpus, options, ranks, world_size, place):
     assert all(tuple(process) == launch.VARIABLES for process in processes)
     numbers = [[int(process[name]) for name in launch.VARIABLES[:4]] for process in processes]
     assert numbers == [[rank, world_size, local, len(ranks)] for local, rank in enumerate(ranks)]
-    assert {f"{process['MASTER_ADDR']}:{process['MASTER_PORT']}" for process in processes} == {place}
+    assert {f"{process['MASTER_ADDR']}:{process['MASTER_PORT']}" for process in processes} == {master}
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monke
         assert str(launch.choose_device(gpu)) == device
 
 
-def test_options_that_the_environment_overrides_are_named(capsys):
+def test_a_note_names_the_options_that_the_environment_overrides(capsys):
     options = OPTIONS | dict(gpu=0)
     assert launch.inherited(TORCHRUN | dict(RANK="0", HOME="/"), **options) == TORCHRUN | dict(RANK="0")
     names = "--multiprocessing-distributed, --gpu, --world-size, --rank, --dist-url"
     assert capsys.readouterr().out.startswith(f"note: {names} ignored: ")
-    launch.inherited(TORCHRUN, **options)  # rank 5 says nothing
+    launch.inherited(TORCHRUN, **options)  # only rank 0 prints, and this is rank 5
     launch.inherited(TORCHRUN | dict(RANK="0"), gpu=None, dist_url=launch.DIST_URL)
     assert capsys.readouterr().out == ""
 
@@ -81,7 +81,7 @@ STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
 
 
 @pytest.mark.parametrize(
-    "environment, options, says",
+    "environment, options, message",
     [
         (
             dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
@@ -100,24 +100,24 @@ STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
         (STEP, dict(world_size=8, rank=3), None),  # the options tell the tasks apart
     ],
 )
-def test_environments_that_are_refused(environment, options, says):
-    if says is None:
+def test_environments_that_are_refused(environment, options, message):
+    if message is None:
         assert len(launch.plan(environment, 0, **options)) == 1
     else:
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             launch.plan(environment, 0, **options)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("main_*.py")))
-def test_processes_can_be_started_for_every_script(script, run, monkeypatch):
-    """A process of torch.multiprocessing gets the worker as a pickle."""
+def test_the_worker_of_every_script_can_be_pickled(script, run, monkeypatch):
+    """torch.multiprocessing passes it to the processes that it starts."""
     pickles = []
     monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
-    words = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
-    assert run(script, TINY, words).status == 0 and pickles
+    args = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
+    assert run(script, TINY, args).status == 0 and pickles
 
 
-def test_the_out_of_memory_line_names_what_takes_the_memory():
+def test_the_out_of_memory_error_names_options_to_reduce():
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CPUAllocator: can't allocate memory")):
         text = str(launch.explained(error))
         assert "-b" in text and "--moco-k" in text and str(error) in text
@@ -125,16 +125,16 @@ def test_the_out_of_memory_line_names_what_takes_the_memory():
 
 @pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
 @pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
-def test_threads_wait_as_the_user_says(script, given):
-    """Before torch is imported, which reads it; only where nothing is said."""
+def test_the_default_of_gomp_spincount(script, given):
+    """Scripts set it before they import torch, which reads it, unless the user has set how threads wait."""
     program = f"""
 import os, runpy, sys
-class Watch:
+class PrintAtImport:
     def find_spec(self, name, *rest):
         if name == "torch":
             print(os.environ.get("GOMP_SPINCOUNT"))
             sys.exit()
-sys.meta_path.insert(0, Watch())
+sys.meta_path.insert(0, PrintAtImport())
 runpy.run_path("{script}", run_name="__main__")
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

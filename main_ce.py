@@ -1,4 +1,4 @@
-"""SupCrossEntropy: the encoder with a linear layer, trained by cross entropy and evaluated as it is.
+"""SupCrossEntropy: the encoder with a linear layer, trained by cross entropy and evaluated with its own classifier.
 
     L_i = -log( exp f(x_i)_{y_i} / sum_c exp f(x_i)_c )
 

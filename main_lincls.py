@@ -63,7 +63,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
 
     @torch.no_grad()
     def validate():
-        """What evaluate.accuracy says of the validation images."""
+        """evaluate.accuracy on the validation images."""
         if not validated:
             validated.extend([(backbone(batch), labels) for batch, labels in images])
         return evaluate.accuracy(encoder.fc, validated, len(validation.classes))
@@ -100,7 +100,7 @@ def read(args: Namespace) -> tuple[str, dict, dict[str, Tensor]]:
         raise UsageError("-e evaluates a trained classifier: name it with --resume (this script's model_best.pth.tar)")
     saved = checkpoint.load(source)
     if args.resume and "best" not in saved:
-        raise RunError(f"checkpoint '{source}' is not one of this script's: name an encoder with --pretrained")
+        raise RunError(f"checkpoint '{source}' is not from this script: name an encoder with --pretrained")
     if args.resume and not args.evaluate and "optimizer" not in saved:
         raise UsageError(f"'{source}' contains only weights: evaluate them with -e, or train on them with --pretrained")
     weights = checkpoint.encoder_weights(saved, source)
@@ -166,7 +166,7 @@ def train(
     )
 
     def save(epoch: int, more: dict) -> None:
-        """`epoch` epochs are complete; `more`: the last one's confusion matrix, or what a begun one has seen so far."""
+        """`epoch` epochs are complete; `more`: the last one's confusion matrix, or the state of an incomplete epoch."""
         checkpoint.check_finite(classifier.state_dict(), f"after {epoch} epochs")
         content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(encoder.state_dict()))
         content |= dict(optimizer=optimizer.state_dict(), best=best, options=options.plain(args))
@@ -192,7 +192,7 @@ def train(
                         save(epoch, run.state())
                         run.exit_saved()
             row = run.summary()
-            save(epoch, run.state(row))  # before the evaluation: one that fails costs no epoch
+            save(epoch, run.state(row))  # before the evaluation, so that a failure there loses no epoch
             top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:

@@ -90,7 +90,7 @@ class Recipe:
         return self.central_crop(height, width)
 
     def crops(self, uniform: Callable[..., Tensor], height: int, width: int) -> Tensor:
-        """(count, 4): RandomResizedCrop's: the first of ten attempts that fits into the image, else `central_crop`."""
+        """(count, 4) boxes of RandomResizedCrop: the first of ten attempts that fits into the image, else `central_crop`."""
         log_ratio = [math.log(r) for r in self.ratio]
         area = height * width * torch.stack([uniform(*self.scale) for _ in range(ATTEMPTS)], 1)
         ratio = torch.stack([uniform(*log_ratio) for _ in range(ATTEMPTS)], 1).exp()
@@ -104,7 +104,7 @@ class Recipe:
         return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), central)
 
     def padded_crops(self, uniform: Callable[..., Tensor], height: int, width: int) -> Tensor:
-        """(count, 4): RandomCrop's; top and left are negative where the crop begins in the padding."""
+        """(count, 4) boxes of RandomCrop; top and left are negative where the crop begins in the padding."""
         top, left = (
             (uniform() * (side + 2 * self.padding - self.size + 1)).floor() - self.padding for side in (height, width)
         )

@@ -120,7 +120,7 @@ class MoCo(nn.Module):
 class LabelAwareMoCo(MoCo):
     """MoCo with a label for every key of the queue. A variant gives its `loss`, or an `objective` of its own.
 
-    Where an objective leaves rows out, it ends in `mean_over_rows`.
+    An objective that skips rows must return `mean_over_rows`.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]  # of logits and positives, see moco.losses

@@ -28,7 +28,7 @@ COUNTER = ".num_batches_tracked"
 def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
     """Writes a temporary file, flushes and renames it, so that `path` is always complete, the old or the new one.
 
-    `kept`: a second name for it, made first: a run that is killed in between makes both again.
+    `kept`: a second name for it, written first, so that a run killed in between writes both again when it is resumed.
     """
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
@@ -103,7 +103,7 @@ class Writer:
 
 
 def check_finite(state_dict: dict, when: str) -> None:
-    """RunError if the last update left weights that are not finite. Its loss, from before it, does not show that."""
+    """RunError if the last update left weights that are not finite. Its loss does not show that: it was computed before."""
     extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
     if not torch.stack(extremes).isfinite().all():
         raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
@@ -154,7 +154,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> object:
-    """What torch.save wrote, plain values only; RunError: the file is corrupt, not a checkpoint, or contains code.
+    """Reads a file of torch.save, plain values only; RunError: the file is corrupt, not a checkpoint, or contains code.
 
     An argparse.Namespace counts as plain: SupContrast's, torchvision's and timm's training scripts save theirs.
     """

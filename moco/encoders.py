@@ -32,7 +32,7 @@ def build(arch: str, stem: str = "cifar") -> Callable[..., nn.Module]:
     if arch not in models.list_models(module=models):
         raise UsageError(f"unknown architecture '{arch}': -a takes {', '.join(names())}")
     if arch not in names():
-        raise UsageError(f"architecture '{arch}' is no ResNet whose last layer is fc: -a takes {', '.join(names())}")
+        raise UsageError(f"architecture '{arch}' is not a ResNet whose last layer is fc: -a takes {', '.join(names())}")
 
     def base_encoder(num_classes):
         network = models.get_model(arch, weights=None, num_classes=num_classes)
@@ -66,7 +66,7 @@ class PadShortcut(nn.Module):
 class resnet20(nn.Module):
     """The 20-layer CIFAR ResNet of He et al. (arXiv:1512.03385, section 4.2): three stages, 16, 32 and 64 wide.
 
-    (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 MFLOP (multiply-adds) an image of 32x32.
+    (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 MFLOP (multiply-adds) per 32x32 image.
     """
 
     def __init__(self, num_classes: int):
@@ -114,7 +114,7 @@ class SplitBatchNorm(_BatchNorm):
         self.splits = splits
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Any (N, C, ...) will do."""
+        """Accepts any (N, C, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -157,7 +157,7 @@ class SplitBatchNorm(_BatchNorm):
 
 
 def split_batch_norm(encoder: nn.Module, splits: int) -> None:
-    """Has the batch norm layers of an encoder see each of `splits` chunks of the batch by itself; names stay.
+    """Makes an encoder's batch norm layers normalise each of `splits` chunks of the batch separately; names do not change.
 
     Raises:
         UsageError: a layer is of another kind of batch norm than PyTorch's three (BatchNorm1d, 2d and 3d).

@@ -28,7 +28,7 @@ def say(text: str) -> None:
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), flush=True)  # class and file names can be anything
     except OSError as error:
-        # The interpreter flushes the buffer when it ends: to nowhere, without another error.
+        # stdout becomes /dev/null, so that the flush at exit cannot fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise RunError(f"stdout cannot be written: {error.strerror}") from None
 

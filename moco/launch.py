@@ -1,4 +1,7 @@
-"""Starts processes as MoCo's options say, or joins those of torchrun. Its variables describe a process; errors are one line."""
+"""Starts the processes that MoCo's options ask for, or joins those that torchrun started; an error is one line.
+
+A process is described by torchrun's variables.
+"""
 
 import contextlib
 import logging
@@ -59,7 +62,7 @@ def inherited(environment: Mapping[str, str], **options) -> dict[str, str]:
     given = [name for name in unset if options.get(name, unset[name]) != unset[name]]
     if given and process["RANK"] == "0":
         names = ", ".join("--" + name.replace("_", "-") for name in given)
-        say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK say which process this is")
+        say(f"note: {names} ignored: RANK, WORLD_SIZE and LOCAL_RANK are set and take precedence")
     return process
 
 

@@ -14,7 +14,7 @@ from moco import augment, checkpoint, datasets, distributed
 from moco.errors import UsageError, one_line, say
 from moco.launch import DIST_URL
 
-KEEP, TELL = "keep", "tell"  # a resumed run keeps an option, or tells its change: see Parser
+KEEP, TELL = "keep", "tell"  # a resumed run must not change an option, or a change prints a note: see Parser
 SCHEDULE = [600, 800]  # of pretraining without --cos
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
@@ -257,7 +257,7 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
         raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
     if args.start_epoch >= args.epochs:
         raise UsageError(
-            f"--start-epoch {args.start_epoch} leaves no epoch of --epochs {args.epochs}: it counts from 0"
+            f"--start-epoch {args.start_epoch} is beyond the last of --epochs {args.epochs} (epochs count from 0)"
         )
     args.seed = shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
     return args

@@ -134,7 +134,7 @@ def fit(
                         run.exit_saved()
             row = run.summary()
             if method.labels_only or knn_is_due(args, epoch):
-                save(epoch, run.state(row))  # first: an evaluation that fails does not cost the epoch
+                save(epoch, run.state(row))  # first, so that a failed evaluation loses no epoch
                 row |= measure(method, model, average, args, epoch, split, validation, device)
             run.log(row)
             describe(epoch, row, args)

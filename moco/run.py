@@ -203,7 +203,7 @@ class Run:
         self.writer.finish()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
         say(f"stopped {where}; --resume auto continues from there")
-        distributed.barrier()  # rank 0 has saved by now: the launcher ends all processes once one is gone
+        distributed.barrier()  # until rank 0 has saved: the launcher ends all processes when one exits
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 

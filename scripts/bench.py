@@ -142,7 +142,7 @@ def speed(work):
 
 
 def now():
-    """The time in seconds at which the device has done what it was given."""
+    """Synchronises with the device, then returns the time in seconds."""
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -228,7 +228,7 @@ def published_table():
 
 
 def searches(folder):
-    """The kNN accuracy of what was tried for a row, a log each named ROW-OPTIONS.csv; the best one in bold."""
+    """The kNN accuracy of what was tried for a row, one log per try, named ROW-OPTIONS.csv; the best one in bold."""
     rows, names = [], {}
     for key, row in ROWS.items():
         names.setdefault(key.partition("-")[0], row.name)
@@ -242,7 +242,7 @@ def searches(folder):
 
 
 def by_labels(folder):
-    """Of runs on some of the labels: method -> labels per class -> run, in order."""
+    """{method: {labels per class: run}} of the runs on some of the labels, in order."""
     found = {name: {} for name in NAMES}
     for run in files_in(folder):
         given = run["options"]
@@ -252,7 +252,7 @@ def by_labels(folder):
 
 
 def labels_table(labelled):
-    """Accuracy by the number of labels per class, a method a line."""
+    """Accuracy by the number of labels per class, one line per method."""
     numbers, rows = sorted(set().union(*labelled.values())), []
     for row, runs in labelled.items():
         cells = {number: f"{top1(run):.1f}" for number, run in runs.items()}
@@ -266,7 +266,7 @@ def labels_table(labelled):
 
 
 def top1(run):
-    """Of the linear classifier, or of cross entropy's own where there is no other, or None."""
+    """Top-1 of the linear classifier, else of cross entropy's own classifier, else None."""
     return run.get("top1", run.get("classifier_top1"))
 
 
@@ -280,7 +280,7 @@ def speed(benches):
 
 
 def draw(groups, labelled, folder):
-    """curves.png, embeddings.png and labels.png: the methods side by side, a colour each."""
+    """curves.png, embeddings.png and labels.png: the methods side by side, one colour per method."""
     colours = {name: f"C{i}" for i, name in enumerate(NAMES)}
     chosen = {g[0]["row"]: g[0] for g in groups if g[0]["options"]["pretrain"].get("aug_plus")}  # the same views
     figure = Figure(figsize=(11, 4), layout="constrained")

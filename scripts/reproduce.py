@@ -36,7 +36,7 @@ from results import ROOT, ROWS, SMALL_LINEAR
 
 # Without a GPU: the same views, batch and classifier for all.
 SMALL = "-a resnet20 --epochs 60 -b 256 --aug-plus --warm-up 1 --knn-freq 5 --precision bf16"
-# Of four each, by the kNN accuracy on training images held out: results/lr/.
+# The best of four per method, by kNN accuracy on held-out training images: results/lr/.
 SMALL_LR = {"main_ce.py": "0.1", "main_moco.py": "0.06"}  # and 0.6 for the others
 SMALL_ROWS = ("ce", "supcon", "moco-200", "in-200", "out-1000", "suploss-1000")  # each method once
 

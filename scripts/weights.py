@@ -9,6 +9,7 @@ from moco.batches import Centres
 from moco.checkpoint import LINEAR
 from moco.errors import RunError, UsageError, say
 
+SCORES = ("top1", "top5")
 TOLERANCE = 0.02  # in percent: two of 10,000 images
 KEPT = ["arch", "stem", "image_size", "mean", "std", "classes", "images", "dataset", "epochs", "batch_size", "seed"]
 
@@ -45,7 +46,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
         RunError: one is missing or changed, belongs to no result, or gives another accuracy.
     """
     rows = [(path, results.read(path)) for path in sorted(files.glob("*.json"))]
-    named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if "weights" in row}
+    named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if {"weights", *SCORES} <= row.keys()}
     found = {path.name for path in folder.glob("*.pth.tar")}
     if not found:
         raise UsageError(f"'{folder}' has no weights (*.pth.tar)")
@@ -62,8 +63,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
         checkpoint.compare_classes(classes, images.classes, path)
         batches = Centres(images, centre, 250, device)
         scores = evaluate.accuracy(evaluate.frozen(network, keep_fc=True).to(device), batches, len(images.classes))[:2]
-        # Weights of cross entropy from before it had a linear classifier contain its own.
-        filed = [row.get(score, row.get(f"classifier_{score}")) for score in ("top1", "top5")]
+        filed = [row[score] for score in SCORES]
         same = all(abs(mine - theirs) <= TOLERANCE for mine, theirs in zip(scores, filed, strict=True))
         wrong += [] if same else [name]
         measured, wanted = (f"{top1:.2f} / {top5:.2f}" for top1, top5 in (scores, filed))

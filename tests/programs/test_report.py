@@ -10,7 +10,7 @@ def test_the_tables_are_what_results_say(run):
 
 
 def on_file(row, pretrain=None, linear=None, **changes):
-    """What results/ holds of a run of two epochs, with some options of its programs."""
+    """A results file of a run of two epochs, with some options of its programs."""
     curve = [dict(epoch=e, loss=5.0 - e, lr=0.1, seconds=60.0, knn=40.0 if e else None) for e in range(2)]
     points = dict(x=[0.5, 1.5], y=[2.0, 3.0], label=[0, 1], classes=["cat", "dog"])
     numbers = dict(seed=0, images=50_000, epochs=2, pretrain_seconds=120.0, linear_seconds=30.0)
@@ -87,7 +87,7 @@ def test_measured_and_published_side_by_side(run, tmp_path):
 
     pages = copied_pages(tmp_path)
 
-    def written(number, key, top1, pretrain=None, linear=None, **changes):
+    def write_result(number, key, top1, pretrain=None, linear=None, **changes):
         row = results.ROWS[key]
         given = {program: dict(options) for program, options in results.recipe(row).items()}
         given["pretrain"] |= dict(precision="bf16", output_dir="elsewhere", workers=3) | (pretrain or {})
@@ -99,15 +99,15 @@ def test_measured_and_published_side_by_side(run, tmp_path):
             del content["top1"], content["top5"], content["options"]["linear"]
         (tmp_path / f"{number}.json").write_text(json.dumps(content))
 
-    written(1, "in-200", 95.0, dict(knn_freq=10))
-    written(2, "in-200", 95.2, seed=1)
-    written(3, "in-200", 90.0, dict(lr=0.5, mlp=False), dict(weight_decay=1e-6))
-    written(4, "out-1000", 94.0, epochs=300)
-    written(5, "own", 94.4, dict(arch="resnet50"), arch="resnet50", predictions="results/predictions.npz")
-    written(6, "own", None, dict(arch="resnet50", moco_t=0.2), arch="resnet50", epochs=60, seed=3)
-    written(7, "suploss-cifar100", 70.5)
-    written(8, "ce", None, classifier_top1=94.5, classifier_top5=99.9)
-    written(9, "ce", 94.8, classifier_top1=94.7, classifier_top5=99.9, epochs=100)
+    write_result(1, "in-200", 95.0, dict(knn_freq=10))
+    write_result(2, "in-200", 95.2, seed=1)
+    write_result(3, "in-200", 90.0, dict(lr=0.5, mlp=False), dict(weight_decay=1e-6))
+    write_result(4, "out-1000", 94.0, epochs=300)
+    write_result(5, "own", 94.4, dict(arch="resnet50"), arch="resnet50", predictions="results/predictions.npz")
+    write_result(6, "own", None, dict(arch="resnet50", moco_t=0.2), arch="resnet50", epochs=60, seed=3)
+    write_result(7, "suploss-cifar100", 70.5)
+    write_result(8, "ce", None, classifier_top1=94.5, classifier_top5=99.9)
+    write_result(9, "ce", 94.8, classifier_top1=94.7, classifier_top5=99.9, epochs=100)
     assert run("scripts/report.py", "--results", tmp_path, "--pages", pages).status == 0
     first = (pages / "README.md").read_text().split("<!-- end of rows -->")[0]
     label_in, views = "MoCo v2 + SupContrast_In", "`--aug-plus`, bf16"

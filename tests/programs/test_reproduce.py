@@ -13,13 +13,13 @@ from moco.errors import UsageError
 from moco.run import read_log
 
 
-def test_a_row_is_interrupted_and_goes_on(tmp_path):
+def test_a_row_is_interrupted_and_resumed(tmp_path):
     """scripts/reproduce.py passes signals on to the script that it runs, which saves its step."""
     small = "--dataset digits --per-class 16 --image-size 8 -b 32 --moco-k 64 --warm-up 1 -p 1"
-    words = ["in-200", "-a", "resnet20", "--epochs", "200", "--name", "tiny"]
-    words += ["--pretrain", f"'{small}'", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    args = ["in-200", "-a", "resnet20", "--epochs", "200", "--name", "tiny"]
+    args += ["--pretrain", f"'{small}'", "--runs", str(tmp_path), "--results", str(tmp_path)]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        run = start("scripts/reproduce.py", *words, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        run = start("scripts/reproduce.py", *args, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert ("continuing at epoch" in until(run, "Epoch: [")) == (number == signal.SIGINT)
         os.kill(run.pid, number)
         out = run.communicate(timeout=60)[0]
@@ -81,11 +81,11 @@ def test_rows_and_recipes(run):
 def test_a_row_scaled_down(run, tmp_path):
     where = f"--runs {tmp_path}/runs --results {tmp_path}/results"
     small = "--dataset digits --per-class 16 --image-size 8 -b 32 --moco-k 64 --warm-up 1 --knn-freq 2"
-    words = ["in-200 -a resnet20 --epochs 2 --name tiny", where, f"--pretrain '{small}'"]
-    words.append("--linear '--dataset digits --per-class 16 --epochs 2 -b 32'")
+    args = ["in-200 -a resnet20 --epochs 2 --name tiny", where, f"--pretrain '{small}'"]
+    args.append("--linear '--dataset digits --per-class 16 --epochs 2 -b 32'")
     obstacle = tmp_path / "runs/in-200-tiny-seed0/linear_last.pth.tar.tmp"
     obstacle.mkdir(parents=True)
-    assert "main_lincls.py ended with status 1; the same" in run("scripts/reproduce.py", *words).err
+    assert "main_lincls.py ended with status 1; the same" in run("scripts/reproduce.py", *args).err
     (path,) = (tmp_path / "results").iterdir()
     cut = json.loads(path.read_text())  # a run that ends here has a file, too
     assert "top1" not in cut and cut["knn"] > 0 and len(cut["curve"]) == 2 and list(cut["options"]) == ["pretrain"]
@@ -94,13 +94,13 @@ def test_a_row_scaled_down(run, tmp_path):
     assert f"| {cut['knn']:.1f} | kNN only |" in (pages / "docs/results.md").read_text()
 
     obstacle.rmdir()
-    done = run("scripts/reproduce.py", *words)
+    done = run("scripts/reproduce.py", *args)
     assert done.status == 0, done.err
-    other = run("scripts/reproduce.py", *words[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
+    other = run("scripts/reproduce.py", *args[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
     assert other.status == 2 and "begun with other options" in other.err
-    for more, says in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
+    for more, message in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
         wrong = run("scripts/reproduce.py", "in-200", where, f"nowhere --name wrong --pretrain '{more}'")
-        assert wrong.status in (1, 2) and says in wrong.err and "continues it" not in wrong.err
+        assert wrong.status in (1, 2) and message in wrong.err and "continues it" not in wrong.err
         assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()
     result = json.loads(path.read_text())
     assert (result["row"], result["images"], result["epochs"]) == ("MoCo v2 + SupContrast_In", 160, 2)
@@ -117,7 +117,7 @@ def test_a_row_scaled_down(run, tmp_path):
     assert result["cpu_seconds"] > cut["cpu_seconds"] > 0.5  # of both programs, over restarts
 
 
-def test_a_run_goes_on_with_the_commands_that_it_was_begun_with(tmp_path):
+def test_a_run_is_resumed_with_the_commands_that_it_was_started_with(tmp_path):
     import reproduce
 
     for _ in range(2):

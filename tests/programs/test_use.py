@@ -128,17 +128,11 @@ def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     assert done.status == 0 and Image.open(tmp_path / "picture.png").width > 1500, done.err
 
 
-def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path, monkeypatch):
+def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     data = folder("odd", train=4, val=4, classes=(name, "dog"))
-    command = [
-        "main_lincls.py",
-        *["-b", "4", "--epochs", "1", "--pretrained"],
-        str(trained[1]),
-        "--output-dir",
-        str(tmp_path),
-    ]
-    linear = start(*command, str(data), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    places = ["--pretrained", str(trained[1]), "--output-dir", str(tmp_path), str(data)]
+    linear = start("main_lincls.py", "-b 4 --epochs 1", *places, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     out = linear.communicate()[0]
     assert linear.returncode == 0 and "result: top1=" in out and "worst classes: " in out, out
     words = "-a resnet20 --image-size 12 -b 4 --epochs 1 --moco-k 16 --output-dir"
@@ -147,7 +141,7 @@ def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path, monkeyp
     assert done.status == 0, done.err
 
 
-def test_a_folder_with_val_alone(run, trained, folder, tmp_path):
+def test_a_folder_with_only_val(run, trained, folder, tmp_path):
     """It is evaluated; its classes are the checkpoint's, even where some have no folder."""
     data, last, best = trained
     whole = run("main_lincls.py", "-e --resume", best, data).out
@@ -194,7 +188,7 @@ def test_skipped_pictures_are_counted(run, trained, folder, tmp_path):
     assert done.status == 0 and "1 .avif, 2 .gif, 1 .jfif" in done.out
 
 
-def test_photos_of_trains(run, trained, tmp_path):
+def test_a_plain_folder_with_a_subfolder_train(run, trained, tmp_path):
     """A plain folder may have a subfolder train/."""
     _, last, _ = trained
     for name in ("train/1.png", "car/2.png", "3.png"):
@@ -230,8 +224,8 @@ def test_the_sdist_has_what_the_tests_need(tmp_path):
     done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "src", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with tarfile.open(tmp_path / "src" / done.stdout.splitlines()[-1]) as archive:
-        there = {name.partition("/")[2] for name in archive.getnames()}
-    assert {name for name in files if not name.startswith(".")} <= there
+        archived = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in files if not name.startswith(".")} <= archived
 
 
 def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
@@ -257,7 +251,7 @@ def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
     assert classes == ["0", "1"] and torch.equal(network(images), inference.load(best)[0](images))
 
 
-def test_extract_says_how_well_images_find_each_other(run, trained, tmp_path):
+def test_extract_prints_retrieval(run, trained, tmp_path):
     data, last, _ = trained
     done = run("scripts/extract.py", last, data, "--out", tmp_path / "f.npz")
     found = np.load(tmp_path / "f.npz")

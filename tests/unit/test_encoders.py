@@ -220,7 +220,9 @@ def test_mlp_head():
         assert isinstance(network.fc[1], nn.ReLU)
 
 
-@pytest.mark.parametrize("arch, why", [("resnet51", "unknown"), ("vgg16", "no ResNet"), ("densenet121", "no ResNet")])
+@pytest.mark.parametrize(
+    "arch, why", [("resnet51", "unknown"), ("vgg16", "not a ResNet"), ("densenet121", "not a ResNet")]
+)
 def test_other_architectures_are_refused(arch, why):
     with pytest.raises(UsageError, match=why) as refusal:
         encoders.build(arch)

@@ -230,10 +230,8 @@ def published_table():
 
 def searches(folder):
     """The kNN accuracy of what was tried for a row, one log per try, named ROW-OPTIONS.csv; the best one in bold."""
-    rows, names = [], {}
-    for key, row in ROWS.items():
-        names.setdefault(key.partition("-")[0], row.name)
-    for key, name in names.items():
+    rows = []
+    for key, name in {key.partition("-")[0]: row.name for key, row in ROWS.items()}.items():
         logs = {path.stem.partition("-")[2].replace("_", " "): path for path in sorted(folder.glob(f"{key}-*.csv"))}
         tried = {what: float(read_log(path)[-1]["knn"]) for what, path in logs.items()}
         best = max(tried, key=tried.get, default=None)

@@ -75,10 +75,10 @@ def parse():
     for name in ("pretrain", "linear"):
         text = getattr(args, name)
         try:
-            setattr(args, name, shlex.split(text))
+            setattr(args, name, last_of_each(shlex.split(text)))
         except ValueError as error:
             parser.error(f"--{name} {text}: {error}")
-    if {"-a", "--arch", "--epochs"} & {*last_of_each(args.pretrain)}:
+    if {"-a", "--arch", "--epochs"} & {*args.pretrain}:
         parser.error("-a and --epochs are options of this script: name them outside of --pretrain")
     args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
     others = [word for word in args.words if word not in ROWS]

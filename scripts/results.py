@@ -60,7 +60,7 @@ ROWS = {
     "suploss-1000": Row(*SUPLOSS, MOCO, 1000, LINEAR, 96.0, 99.9),
     "own": Row("MoCo v2 + SupContrast_In, own recipe", IN[1], OWN, 100, SMALL_LINEAR, None),
     "proto": Row("MoCo v2 + In + prototypes", "main_moco_proto.py", PROTO, 100, SMALL_LINEAR, None),
-    "out-own": Row("MoCo v2 + SupContrast_Out, own recipe", OUT[1], OWN, 100, SMALL_LINEAR, None),
+    "own_out": Row("MoCo v2 + SupContrast_Out, own recipe", OUT[1], OWN, 100, SMALL_LINEAR, None),
     "ce-cifar100": Row(*CE, "-a resnet50" + OF_100, 500, SUPCON_LINEAR + OF_100, 75.3, None, "cifar100"),
     "supcon-cifar100": Row(*SUPCON, "-a resnet50" + OF_100, 1000, SUPCON_LINEAR + OF_100, 76.5, None, "cifar100"),
     "out-cifar100": Row(*OUT, MOCO + OF_100, 1000, LINEAR + OF_100, 77.3, 93.0, "cifar100"),

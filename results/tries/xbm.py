@@ -3,19 +3,20 @@
 One view per image. Tried, not kept; run it from the project's folder, with PYTHONPATH=. (docs/results.md has what it gave).
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from moco import distributed, methods, pretrain
-from moco.builder import LabelAwareMoCo
+from moco.builder import MoCoProto
 from moco.losses import contrast_health, in_loss
 
 
-class XBM(LabelAwareMoCo):
-    def __init__(self, *args, classes, **options):
+class XBM(MoCoProto):
+    def __init__(self, *args, **options):
         super().__init__(*args, **options)
         del self.encoder_k
-        self.prototypes = torch.nn.Parameter(F.normalize(torch.randn(classes, self.queue.shape[0])))
 
     def forward(self, images, labels):
         q = self.encode(self.encoder_q, images)
@@ -33,12 +34,6 @@ class XBM(LabelAwareMoCo):
             self.enqueue(k_all, label_queue=labels_all)
         return loss
 
-    def scores(self, q):
-        return q @ F.normalize(self.prototypes, dim=1).T / self.T
-
 
 if __name__ == "__main__":
-    method = methods.with_queue(
-        XBM, build=methods.build_proto, classifier=methods.by_prototypes, views=1, shuffle_keys=False
-    )
-    pretrain.main(method, __doc__)
+    pretrain.main(replace(methods.PROTO, model=XBM, views=1, shuffle_keys=False), __doc__)

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+import results
 from helpers import PAGES, ROOT, copied_pages, start, until
 from moco import checkpoint
 from moco.errors import UsageError
@@ -47,6 +48,11 @@ def test_rows_and_recipes(run):
         ("moco_suploss", "1000"),
     ]
     assert sum("--dataset cifar100" in line for line in lines) == 8
+    rows = results.ROWS.items()
+    files = {
+        (key.partition("-")[0], row.name) for key, row in rows
+    }  # weights and searches are named by this part of a key
+    assert len(files) == len({name for name, _ in files})
     for line in moco[:6] + moco[9:]:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line
     small = run("scripts/reproduce.py", "--small --print").out.splitlines()
@@ -98,7 +104,9 @@ def test_a_row_scaled_down(run, tmp_path):
     assert done.status == 0, done.err
     other = run("scripts/reproduce.py", *args[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
     assert other.status == 2 and "begun with other options" in other.err
-    for more, message in (("--dataset digits --moco-k 0", "ended with status 2"), ("", "'nowhere' does not exist")):
+    impossible = "ended with status 2"
+    cases = [("--dataset digits --moco-k 0", impossible), ("--dataset=digits --moco-k=0", impossible)]
+    for more, message in [*cases, ("", "'nowhere' does not exist")]:
         wrong = run("scripts/reproduce.py", "in-200", where, f"nowhere --name wrong --pretrain '{more}'")
         assert wrong.status in (1, 2) and message in wrong.err and "continues it" not in wrong.err
         assert not (tmp_path / "runs/in-200-wrong-seed0/begun.json").exists()

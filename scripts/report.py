@@ -16,15 +16,8 @@ from moco import launch, methods, options
 from moco.errors import RunError, UsageError
 from moco.run import read_log
 from picture import scatter
-from results import BY_NAME, NAMES, ROOT, ROWS, recipe
+from results import BY_NAME, NAMES, ROOT, ROWS
 
-PARSERS = [options.pretrain_parser("", method.add_options) for method in methods.ALL.values()]
-PARSERS.append(options.linear_parser(""))
-# The flags of the options that change what a run computes; VIEWS are always shown, OTHERS where they set a run apart.
-FLAGS = {name: flag for parser in PARSERS for name, (flag, _, _) in parser.when_resumed.items()}
-FLAGS |= {"groups": "--bn-splits", "init": "--init"}
-VIEWS = ("aug_plus", "aug_mild", "aug_crop")
-OTHERS = FLAGS.keys() - {"arch", "dataset", "precision", "seed", "stem", "mean", "std", *VIEWS}
 PASSES = "encoder passes per image"  # epochs times Row.passes
 FIRST = f"|network|data|epochs|{PASSES}|options|kNN|top-1 / top-5|published|core-hours|weights".split("|")
 ALL = f"|data|network|epochs|{PASSES}|options|kNN|top-1 / top-5|hardware|time".split("|")
@@ -61,11 +54,9 @@ def main():
 
 def report(folder, pages, check):
     """Writes the tables into the pages, or with `check` compares them, and draws the figures."""
-    files, labelled = files_in(folder), by_labels(folder / "labels")
-    groups = grouped([file for file in files if "row" in file])
+    groups, labelled = grouped(folder), by_labels(folder / "labels")
     full = [group for group in groups if is_full(group[0])]
     small = [group for group in groups if group not in full and any("weights" in run for run in group)]
-    small.sort(key=lambda group: NAMES.index(group[0]["row"]))
     blocks = {
         "rows": run_table([*full, *small], FIRST, ANCHOR),
         "table": published_table(),
@@ -74,26 +65,20 @@ def report(folder, pages, check):
         "labels": labels_table(labelled),
         "searches": searches(folder / "lr"),
         "tries": searches(folder / "own"),
-        "speed": speed([file for file in files if "row" not in file]),
+        "speed": speed([results.read_json(path) for path in sorted(folder.glob("bench-*.json"))]),
     }
     marker = rf"(<!-- ({'|'.join(blocks)}): made from results/ by scripts/report.py -->\n).*?(<!-- end of \2 -->)"
-    found = set()
     for path in [pages / "README.md", *sorted((pages / "docs").glob("*.md"))]:
         old = path.read_text()
-        new = re.sub(marker, lambda match: match[1] + blocks[match[2]] + match[3], old, flags=re.S)
-        found |= {match[2] for match in re.finditer(marker, old, re.S)}
+        new = re.sub(marker, lambda match: match[1] + blocks.pop(match[2]) + match[3], old, flags=re.S)
         if check and new != old:
             raise RunError(f"'{path}' does not agree with '{folder}': run make report")
         if new != old:
             path.write_text(new)
-    if missing := blocks.keys() - found:
-        raise RunError(f"no page in '{pages}' has both markers of {', '.join(sorted(missing))}")
+    if blocks:
+        raise RunError(f"no page in '{pages}' has both markers of {', '.join(blocks)}")
     if not check:
         draw(small, labelled, folder)
-
-
-def files_in(folder):
-    return [results.read(path) for path in sorted(folder.glob("*.json"))]
 
 
 def table(titles, rows):
@@ -103,53 +88,27 @@ def table(titles, rows):
     return "".join([first, "|---" * len(kept) + "|\n", *others])
 
 
-def grouped(runs):
-    """Lists of runs that differ in nothing but the seed, in the order of the tables."""
+def grouped(folder):
+    """Lists of runs that differ in nothing but the seed, as their files' names say; in the order of the tables."""
     groups = {}
-    for run in runs:
-        groups.setdefault((*alike(run), *settings(run["options"])), []).append(run)
-    return [group for _, group in sorted(groups.items())]
+    for path in sorted(folder.glob("*-seed*.json")):
+        groups.setdefault(path.stem.rpartition("-seed")[0], []).append(results.read_json(path))
+    return sorted(groups.values(), key=place)
 
 
-def alike(run):
-    """What the runs have in common among which options and seeds are compared."""
-    programs = " ".join(run["options"])
-    return run["dataset"], run["arch"], run["epochs"], shown(run), NAMES.index(run["row"]), programs
+def place(runs):
+    """What the tables are sorted by."""
+    run = runs[0]
+    return run["dataset"], run["arch"], run["epochs"], NAMES.index(run["row"]), chosen_options(run)
 
 
-def shown(run):
-    """The options that are always shown: views and precision."""
+def chosen_options(run):
+    """The options that are shown of every run: views, precision, learning rate and temperature."""
     given = run["options"]["pretrain"]
-    views = [f"`{FLAGS[name]}`" for name in VIEWS if given.get(name)]
-    pil = ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
-    return ", ".join([*views, *pil, given["precision"]])
-
-
-def settings(programs):
-    """The other options of a run's programs, in the words of the tables."""
-    return [
-        ("linear: " if program == "linear" else "") + words(FLAGS[name], given.get(name))
-        for program, given in programs.items()
-        for name in sorted(OTHERS)
-        if (program, name) != ("pretrain", "epochs")  # which has a column
-    ]
-
-
-def words(flag, value):
-    """`--lr 0.6`, `--schedule 60 80`, `--mlp`, or no `--mlp`."""
-    if not value:
-        return f"no `{flag}`"
-    values = value if isinstance(value, list) else [] if value is True else [value]
-    return f"`{' '.join([flag, *map(str, values)])}`"
-
-
-def apart(run, groups):
-    """The options that set a run apart: from its row, or if it is a small one from those of its method and epochs."""
-    others = [group[0]["options"] for group in groups if alike(group[0]) == alike(run)]
-    if is_full(run):
-        others = [recipe(BY_NAME[run["row"]])]
-    common = set.intersection(*(set(settings(programs)) for programs in others))
-    return [text for text in settings(run["options"]) if text not in common]
+    views = [f"`--{name.replace('_', '-')}`" for name in ("aug_plus", "aug_mild", "aug_crop") if given.get(name)]
+    views += ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
+    values = [f"`--{name.replace('_', '-')} {given[name]}`" for name in ("lr", "moco_t", "temp") if name in given]
+    return ", ".join([*views, given["precision"], *values])
 
 
 def is_full(run):
@@ -159,12 +118,12 @@ def is_full(run):
 
 def run_table(groups, titles, *more):
     """A line per group of runs. `more`: the cells of other lines, by title."""
-    rows = [*(described(group, groups) for group in groups), *more]
+    rows = [*map(described, groups), *more]
     return table(titles, [[cells.get(title, "") for title in titles] for cells in rows])
 
 
-def described(runs, groups):
-    """The cells of a table, by title, for runs that differ only in their seed; `groups`: the table's runs."""
+def described(runs):
+    """The cells of a table, by title, for runs that differ only in their seed."""
     run = runs[0]
     on_cpu = run["hardware"]["name"].startswith("cpu")
     weights = next((r["weights"]["file"] for r in runs if "weights" in r), None)
@@ -177,7 +136,7 @@ def described(runs, groups):
         "network": run["arch"],
         "epochs": run["epochs"],
         PASSES: run["epochs"] * BY_NAME[run["row"]].passes,
-        "options": ", ".join([shown(run), *apart(run, groups)]),
+        "options": chosen_options(run),
         "kNN": spread(runs, "knn"),
         "top-1 / top-5": f"{linear} {own}".strip() or "kNN only",
         "published": published(run) if is_full(run) else "",
@@ -220,7 +179,7 @@ def published_table():
     """A line per method and length, a column per data set."""
     rows = []
     for row in (row for row in ROWS.values() if row.top1 and row.dataset == "cifar10"):
-        what = [f"`{row.script}`", row.epochs, recipe(row)["pretrain"]["batch_size"]]
+        what = [f"`{row.script}`", row.epochs, methods.ALL[row.script].defaults.get("batch_size", 256)]
         larger = [r for r in ROWS.values() if (r.name, r.dataset, r.epochs) == (row.name, "cifar100", row.epochs)]
         rows.append([row.name, *what, scores(row), "".join(map(scores, larger))])
         if row.rerun:
@@ -243,7 +202,8 @@ def searches(folder):
 def by_labels(folder):
     """{method: {labels per class: run}} of the runs on some of the labels, in order."""
     found = {name: {} for name in NAMES}
-    for run in files_in(folder):
+    for path in folder.glob("*.json"):
+        run = results.read_json(path)
         given = run["options"]
         number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
         found[run["row"]][number] = run
@@ -290,17 +250,13 @@ def draw(groups, labelled, folder):
         panel.set(xlabel="epoch", ylabel=label)
     save(figure, folder / "curves.png")
 
-    drawn = {name: run["embedding"] for name, run in chosen.items() if "embedding" in run}
-    rows = max(1, -(-len(drawn) // 3))
-    figure = Figure(figsize=(11, 3.9 * rows))
-    panels = figure.subplots(rows, 3).flatten()
-    for panel in panels[len(drawn) :]:
-        panel.axis("off")
-    for panel, (name, points) in zip(panels, drawn.items(), strict=False):
+    rows = max(1, -(-len(chosen) // 3))
+    figure = Figure(figsize=(11, 3.9 * rows), layout="constrained")
+    for panel, (name, run) in zip(figure.subplots(rows, 3).flat, chosen.items(), strict=False):
+        points = run["embedding"]
         scatter(panel, np.array([points["x"], points["y"]]).T, np.array(points["label"]), points["classes"])
-        panel.set_title(f"{name}: {top1(chosen[name]):.1f} %", fontsize=10, color=colours[name])
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    save(figure, folder / "embeddings.png", loc="lower center", ncols=10, markerscale=3)
+        panel.set_title(f"{name}: {top1(run):.1f} %", fontsize=10, color=colours[name])
+    save(figure, folder / "embeddings.png", ncols=10, markerscale=3)
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     panel, numbers = figure.subplots(), sorted(set().union(*labelled.values()))
@@ -312,10 +268,10 @@ def draw(groups, labelled, folder):
     save(figure, folder / "labels.png")
 
 
-def save(figure, path, loc="outside lower center", ncols=3, **how):
+def save(figure, path, ncols=3, **how):
     """Writes a figure, with the entries of its first panel as the legend."""
     entries = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*entries, loc=loc, ncols=ncols, frameon=False, **how)
+    figure.legend(*entries, loc="outside lower center", ncols=ncols, frameon=False, **how)
     figure.savefig(path, dpi=90)
 
 

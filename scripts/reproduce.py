@@ -12,7 +12,6 @@ Run an interrupted command again and it continues. Logs and checkpoints are in r
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -64,21 +63,15 @@ def parse():
     add("--small", action="store_true", help="resnet20, 60 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
-    add("--pretrain", default="", metavar="OPTIONS", help="more options for pretraining, in quotes")
-    add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
+    add("--pretrain", type=shlex.split, default=[], metavar="OPTIONS", help="more options for pretraining, in quotes")
+    add("--linear", type=shlex.split, default=[], metavar="OPTIONS", help="the same for the linear evaluation")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     add("--weights", type=Path, metavar="DIR", help="also write weights there (--verify: read; default: pretrained)")
     add("--verify", action="store_true", help="evaluate each file of --weights against --results; no training")
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
-    for name in ("pretrain", "linear"):
-        text = getattr(args, name)
-        try:
-            setattr(args, name, last_of_each(shlex.split(text)))
-        except ValueError as error:
-            parser.error(f"--{name} {text}: {error}")
-    if {"-a", "--arch", "--epochs"} & {*args.pretrain}:
+    if {"-a", "--arch", "--epochs"} & {word.partition("=")[0] for word in args.pretrain}:
         parser.error("-a and --epochs are options of this script: name them outside of --pretrain")
     args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
     others = [word for word in args.words if word not in ROWS]
@@ -120,8 +113,6 @@ def last_of_each(words):
 
 def reproduce(key, args, seed):
     """Runs what has not run yet and writes the run's file."""
-    if not Path(args.data).is_dir() and "--dataset" not in args.pretrain:
-        raise UsageError(f"data folder '{args.data}' does not exist (make one, and CIFAR-10 is downloaded to it)")
     pretrain = commands(key, args, seed, "")[0]
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
     name = f"{args.name or f'{arch}-{epochs}ep'}-seed{seed}"
@@ -151,7 +142,7 @@ def reproduce(key, args, seed):
 def begin(folder, lines):
     """How a run was begun, from its folder; UsageError: with other options."""
     path = folder / "begun.json"
-    if not path.is_file():
+    if not (folder / checkpoint.LAST).exists():  # there is nothing to continue
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
     if lines != begun.get("commands"):
@@ -163,18 +154,14 @@ def train(folder, line, begun):
     """Runs a command line of a run, or what is left of it, and adds its processor time to `begun`."""
     say(f"$ {line}")
     _, script, *words = shlex.split(line)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = sum(os.times()[2:4])  # of child processes that have ended: user and system
     status = call([sys.executable, str(ROOT / script), *words, "--resume", "auto"])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of all its processes: user and system come first
-    begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(after[:2]) - sum(before[:2]), 1)
+    begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(os.times()[2:4]) - before, 1)
     results.write_json(folder / "begun.json", begun)
-    if status > 128:
-        print(f"{script} was stopped by a signal; the same command continues it", file=sys.stderr)
-        raise SystemExit(status)
-    if status == 2 and not (folder / checkpoint.LAST).exists():  # nothing has begun: correct the options and repeat
-        (folder / "begun.json").unlink()
     if status:
-        raise RunError(f"{script} ended with status {status}" + "; the same command continues it" * (status != 2))
+        advice = "correct the options" if status == 2 else "the same command continues it"
+        print(f"{script} ended with status {status}: {advice}", file=sys.stderr)
+        raise SystemExit(status)
 
 
 def collect(folder, key, begun, seed):
@@ -214,24 +201,13 @@ def numbers(path):
 
 def call(command):
     """Runs a command to its end and returns its exit status; signals that ask this process to stop are passed on."""
-    asked, child = [], None
-
-    def pass_on(number, frame):
-        asked.append(number)
-        if child:
-            child.send_signal(number)
-
-    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in stop}
     child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
-    for number in asked:
-        child.send_signal(number)
+    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, frame: child.send_signal(number)) for number in stop}
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if status < 0:  # a signal has ended it
-        asked.append(-status)
-    return status if status > 0 or not asked else 128 + asked[0]
+    return status if status >= 0 else 128 - status  # below 0: a signal has ended it
 
 
 def dataset(saved):

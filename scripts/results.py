@@ -3,13 +3,9 @@
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
-import torch
-
-from moco import methods, options
+from moco import methods
 from moco.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,35 +64,6 @@ ROWS = {
 }
 BY_NAME = {row.name: row for row in ROWS.values()}  # rows of one name differ in epochs and data set only
 NAMES = list(BY_NAME)
-
-
-@cache
-def recipe(row: Row) -> dict[str, dict]:
-    """The options of a row's programs, as the checkpoints of its run hold them: {"pretrain": {...}, "linear": {...}}."""
-    method = methods.ALL[row.script]
-    parser = options.pretrain_parser("", method.add_options, method.defaults)
-    given = f"{row.options} --dataset {row.dataset} --seed 0 --epochs {row.epochs} data/"
-    pretrain = options.resolve_pretraining(parser.parse_args(given.split()), torch.device("cpu"), "", {})
-    with mock.patch("sys.argv", [row.script, *row.linear.split()]):  # --recipe sets defaults
-        linear = options.linear_parser("").parse_args()
-    return {"pretrain": options.plain(pretrain), "linear": options.plain(linear) | {"image_size": pretrain.image_size}}
-
-
-# What the tables need of a run's file (top1 and top5 once its linear evaluation is done) and of a benchmark's, by kind.
-RUN = {str: "row arch dataset", list: "commands curve", dict: "options hardware", int: "images epochs seed"}
-SCORES = "top1 top5 classifier_top1 classifier_top5 knn cpu_seconds"
-RUN |= {int | float: "pretrain_seconds linear_seconds", int | float | None: SCORES}
-BENCH = {dict: "hardware", str: "measured command", float: "views_ratio"}
-
-
-def read(path):
-    """The content of a run's or a benchmark's file; RunError: it is incomplete or wrong."""
-    content = read_json(path)
-    for kind, names in (BENCH if "views_ratio" in content else RUN).items():
-        for name in names.split():
-            if not isinstance(content.get(name), kind) or (name == "row" and content[name] not in NAMES):
-                raise RunError(f"'{path}': '{name}' is missing or wrong")
-    return content
 
 
 def read_json(path):

@@ -45,7 +45,7 @@ def verify(folder: Path, files: Path, data: str) -> None:
     Raises:
         RunError: one is missing or changed, belongs to no result, or gives another accuracy.
     """
-    rows = [(path, results.read(path)) for path in sorted(files.glob("*.json"))]
+    rows = [(path, results.read_json(path)) for path in sorted(files.glob("*.json"))]
     named = {Path(row["weights"]["file"]).name: (path, row) for path, row in rows if {"weights", *SCORES} <= row.keys()}
     found = {path.name for path in folder.glob("*.pth.tar")}
     if not found:

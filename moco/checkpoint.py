@@ -5,10 +5,10 @@
 import contextlib
 import os
 import pickle
-import shutil
 import warnings
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,8 @@ PREFIX = "module."
 COUNTER = ".num_batches_tracked"
 
 
-def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
-    """Writes a temporary file, flushes and renames it, so that `path` is always complete, the old or the new one.
-
-    `kept`: a second name for it, written first, so that a run killed in between writes both again when it is resumed.
-    """
+def save(path: str | Path, checkpoint: dict) -> None:
+    """Writes a temporary file, flushes and renames it, so that `path` is always complete, the old or the new one."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     try:
@@ -38,8 +35,6 @@ def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if kept:
-            link_or_copy(tmp, path.with_name(kept))
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError after a failed write
         with contextlib.suppress(OSError):
@@ -48,16 +43,6 @@ def save(path: str | Path, checkpoint: dict, kept: str | None = None) -> None:
         reason = getattr(cause, "strerror", None) or first_line(error)
         intact = " (the previous one is intact)" if path.exists() else ""
         raise RunError(f"checkpoint '{path}' could not be written: {reason}{intact}") from None
-
-
-def link_or_copy(path: Path, name: str) -> None:
-    tmp = name.with_name(name.name + ".tmp")
-    tmp.unlink(missing_ok=True)
-    try:
-        os.link(path, tmp)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, tmp)
-    os.replace(tmp, name)
 
 
 def on_host(content: Any) -> Any:
@@ -77,8 +62,8 @@ class Writer:
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
 
-    def save(self, path: Path, checkpoint: dict, kept: str | None = None) -> None:
-        """As `save`, with the values that the checkpoint has now."""
+    def save(self, paths: Iterable[Path], checkpoint: dict) -> None:
+        """As `save`, to each path in this order, with the values that the checkpoint has now."""
         self.finish()
         content = on_host(checkpoint)
         copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
@@ -86,7 +71,8 @@ class Writer:
         def write():
             if copied:
                 copied.synchronize()
-            save(path, content, kept)
+            for path in paths:
+                save(path, content)
 
         self.writing = self.thread.submit(write)
 

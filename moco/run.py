@@ -185,9 +185,12 @@ class Run:
         return state | dict(unevaluated=unevaluated) if unevaluated else state
 
     def save(self, content: dict, kept: str | None = None) -> None:
-        """Writes a checkpoint in a thread, on rank 0; `kept`: a second name for it."""
+        """Writes a checkpoint in a thread, on rank 0; `kept`: a second file with it.
+
+        The second file is first, so that a run killed in between writes both again when it is resumed.
+        """
         if distributed.rank() == 0:
-            self.writer.save(self.folder / self.last, content, kept)
+            self.writer.save([self.folder / name for name in (kept, self.last) if name], content)
 
     def log(self, row: dict[str, float | None]) -> None:
         """Ends the epoch with its row in the log. Later time, saving included, counts as the next epoch's."""

@@ -24,7 +24,7 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     writer = checkpoint.Writer()
-    writer.save(path, {"state_dict": {"a": torch.ones(3)}})
+    writer.save([path], {"state_dict": {"a": torch.ones(3)}})
     with pytest.raises(checkpoint.RunError, match="No space left on device"):
         writer.finish()
 
@@ -47,8 +47,10 @@ def test_a_save_writes_the_numbered_checkpoint_first(tmp_path, monkeypatch):
         os.rename(old, new)
 
     monkeypatch.setattr(os, "replace", replace)
+    writer = checkpoint.Writer()
+    writer.save([kept, path], {"state_dict": {"a": torch.ones(3)}})
     with pytest.raises(checkpoint.RunError):
-        checkpoint.save(path, {"state_dict": {"a": torch.ones(3)}}, "kept")
+        writer.finish()
     assert [checkpoint.load(p)["state_dict"]["a"].sum() for p in (path, kept)] == [0, 3]
 
 
@@ -57,7 +59,7 @@ def test_a_checkpoint_has_the_weights_at_the_call_of_save(tmp_path):
     writer, gate = checkpoint.Writer(), threading.Event()
     writer.thread.submit(gate.wait)
     weights = torch.zeros(3)
-    writer.save(tmp_path / "a", {"state_dict": {"a": weights}}, "b")
+    writer.save([tmp_path / "b", tmp_path / "a"], {"state_dict": {"a": weights}})
     weights += 1
     gate.set()
     writer.finish()

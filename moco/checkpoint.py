@@ -107,7 +107,7 @@ def load(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint '{path}' {'is not a file' if path.exists() else 'does not exist'}")
-    checkpoint = read_safetensors(path) if path.suffix == ".safetensors" else read(path)
+    checkpoint = read(path)
     if not isinstance(checkpoint, dict):
         checkpoint = {}
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
@@ -126,25 +126,16 @@ def load(path: str | Path) -> dict:
     return checkpoint
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file; RunError: it cannot be read."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UsageError('.safetensors needs safetensors: pip install -e ".[export]"') from None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RunError(f"'{path}' cannot be read as .safetensors: {first_line(error)}") from None
-
-
 def read(path: Path) -> object:
-    """Reads a file of torch.save, plain values only; RunError: the file is corrupt, not a checkpoint, or contains code.
+    """Reads a .safetensors file, or plain values from a file of torch.save; RunError: it is corrupt or contains code.
 
     An argparse.Namespace counts as plain: SupContrast's, torchvision's and timm's training scripts save theirs.
     """
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if corrupt := archive.testzip():  # torch.load does not check the checksums ...
@@ -155,6 +146,8 @@ def read(path: Path) -> object:
         # Warnings are ignored: what is wrong is reported below, in one line.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UsageError('.safetensors needs safetensors: pip install -e ".[export]"') from None
     except Exception as error:  # a corrupt file can fail anywhere in torch.load
         unsafe = isinstance(error, pickle.UnpicklingError)  # PyTorch's text advises to run the code in it
         reason = "only tensors and plain values are opened" if unsafe else first_line(error)

@@ -5,6 +5,7 @@
 import contextlib
 import os
 import pickle
+import textwrap
 import warnings
 import zipfile
 from argparse import Namespace
@@ -163,20 +164,11 @@ def with_prefix(state_dict: dict) -> dict:
 
 
 def load_state(module: nn.Module, state_dict: dict, path: str | Path) -> None:
-    """Loads weights, with or without `module.`; RunError names those that are missing, unknown or of another shape."""
-    state_dict = {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state_dict]
-    wrong += [f"{name} is unknown" for name in state_dict if name not in own]
-    wrong += [
-        f"{name} is {tuple(value.shape)} in the checkpoint, {tuple(own[name].shape)} in this network"
-        for name, value in state_dict.items()
-        if name in own and own[name].shape != value.shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise RunError(f"checkpoint '{path}' does not fit this network: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict(state_dict)
+    """Loads weights, with or without `module.`; RunError names those that are missing, unexpected or of another shape."""
+    try:
+        module.load_state_dict({name.removeprefix(PREFIX): value for name, value in state_dict.items()})
+    except RuntimeError as error:
+        raise RunError(f"checkpoint '{path}' does not fit: {textwrap.shorten(str(error), 300)}") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

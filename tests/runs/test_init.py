@@ -76,7 +76,7 @@ def test_init_and_its_limits(run, tmp_path):
     assert "tensors taken" not in done.out
     done = run("main_supcon.py", args, tmp_path / "supcon", "--init", last)
     assert done.status == 0 and "120 tensors taken" in done.out, done
-    refused(run("main_ce.py", args, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "is missing")
+    refused(run("main_ce.py", args, tmp_path / "o", "-a resnet50 --init", path), 1, "does not fit", "Missing key")
     refused(run("main_ce.py", args, tmp_path / "o", "--init nowhere.pth"), 2, "'nowhere.pth' does not exist")
     refused(run("main_ce.py", args, tmp_path / "o", "--resume", path), 2, "only weights", "--init")
     state = torch.load(path, weights_only=True)

@@ -65,7 +65,7 @@ class Run:
         self.seconds = 0.0  # spent on the epoch by the run that is resumed
         self.unevaluated = None  # from a checkpoint: the summary of an epoch that is trained but not evaluated
         self.stopping, self.signal = False, 0
-        self.writer = checkpoint.Writer()
+        self.writer, self.table = checkpoint.Writer(), None
 
     def resume(self, saved: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
         """Continues from a checkpoint, read from `path`, that was saved after an epoch or within one."""
@@ -83,7 +83,8 @@ class Run:
             raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
 
     def __enter__(self) -> "Run":
-        self.table = Log(self.folder, self.name, self.columns, self.epoch)
+        if distributed.rank() == 0:
+            self.table = Log(self.folder, self.name, self.columns, self.epoch)
         self.handlers = {number: signal.signal(number, self.ask) for number in STOP_SIGNALS}
         self.began = time.perf_counter() - self.seconds
         return self
@@ -91,7 +92,8 @@ class Run:
     def __exit__(self, kind, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.table.close()
+        if self.table:
+            self.table.close()
         self.writer.close(failed=kind is not None)
 
     def ask(self, number, frame) -> None:
@@ -180,9 +182,13 @@ class Run:
 
         Every process must call it.
         """
-        state = dict(step=self.step, losses=self.losses[: self.step].clone(), health=distributed.all_mean(self.health))
-        state |= dict(seconds=time.perf_counter() - self.began)
-        return state | dict(unevaluated=unevaluated) if unevaluated else state
+        return dict(
+            step=self.step,
+            losses=self.losses[: self.step].clone(),
+            health=distributed.all_mean(self.health),
+            seconds=time.perf_counter() - self.began,
+            unevaluated=unevaluated,
+        )
 
     def save(self, content: dict, kept: str | None = None) -> None:
         """Writes a checkpoint in a thread, on rank 0; `kept`: a second file with it.
@@ -192,11 +198,12 @@ class Run:
         if distributed.rank() == 0:
             self.writer.save([self.folder / name for name in (kept, self.last) if name], content)
 
-    def log(self, row: dict[str, float | None]) -> None:
+    def log(self, row: dict[str, float]) -> None:
         """Ends the epoch with its row in the log. Later time, saving included, counts as the next epoch's."""
         now = time.perf_counter()
         row["seconds"] = now - self.began
-        self.table.add(self.epoch, **row)
+        if self.table:
+            self.table.add(self.epoch, **row)
         self.epoch, self.step, self.unevaluated, self.began = self.epoch + 1, 0, None, now
         self.losses.zero_()
         self.health.zero_()
@@ -222,56 +229,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Log:
-    """One row per epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Only rank 0 writes.
+    """One row per epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Rank 0 has one.
 
-    A resumed run drops the rows from its first epoch on, so that no epoch is there twice. An earlier run's log is
-    replaced together with the first new row.
+    The first new row replaces an earlier run's rows. A resumed run keeps those before its first epoch, so that no epoch
+    is there twice.
     """
 
     def __init__(self, folder: str | Path, name: str, columns: list[str], first_epoch: int = 0):
-        self.columns = columns
-        self.writer = None
-        if distributed.rank() != 0:
-            return
-        self.path = Path(folder, f"{name}.csv")
-        self.rows = [row for row in read_log(self.path) if int(row["epoch"]) < first_epoch]
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
+        self.path, self.columns = Path(folder, f"{name}.csv"), columns
+        self.rows = [row for row in read_log(self.path) if int(row["epoch"]) < first_epoch]
         threading.excepthook = all_but_os_errors
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if first_epoch:
-                self.write(self.rows)
             self.writer = SummaryWriter(os.path.join(folder, "tensorboard", name), purge_step=first_epoch)
         except OSError as error:
             raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
 
-    def write(self, rows: Iterable[dict]) -> None:
+    def add(self, epoch: int, **values: float) -> None:
+        """Appends a row with the values that were measured in this epoch."""
+        self.rows.append({"epoch": epoch} | {name: f"{value:.7g}" for name, value in values.items()})
         tmp = self.path.with_name(self.path.name + ".tmp")
-        with open(tmp, "w", newline="") as file:
-            table = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="", lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-        os.replace(tmp, self.path)
-        self.rows = list(rows)
-
-    def add(self, epoch: int, **values: float | None) -> None:
-        """Appends a row. A value is None if it was not measured in this epoch."""
-        if distributed.rank() != 0:
-            return
-        row = {name: "" if value is None else f"{value:.7g}" for name, value in values.items()}
         try:
-            self.write([*self.rows, {"epoch": epoch, **row}])
+            with open(tmp, "w", newline="") as file:
+                table = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
+                table.writeheader()
+                table.writerows(self.rows)
+            os.replace(tmp, self.path)
             for name, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(name, value, epoch)
+                self.writer.add_scalar(name, value, epoch)
             self.writer.flush()
         except OSError as error:
             raise RunError(f"'{self.path}' or tensorboard/ next to it cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
 
 
 def all_but_os_errors(error: threading.ExceptHookArgs) -> None:

@@ -91,19 +91,18 @@ class Batches:
             raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {batch_size})")
         self.recipes, self.device, self.shuffle_keys = recipes, device, shuffle_keys
         self.plan = Plan(len(split), batch_size, seed, drop_last)
-        self.labels = split.labels.to(device)
-        if split.images is None:
-            self.source = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device)
-        else:
-            self.source = Memory(split.images)
-        self.views = [augment.Views(r, mean, std, device, compile, cropped=split.images is None) for r in recipes]
+        self.labels, self.images = split.labels.to(device), split.images
+        in_files = split.images is None
+        self.files = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device) if in_files else None
+        self.views = [augment.Views(r, mean, std, device, compile, cropped=in_files) for r in recipes]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def close(self) -> None:
         """Stops the workers, which ignore signals."""
-        self.source.close()
+        if self.files:
+            self.files.close()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
         """Yields (views, labels, order) from step `first` on.
@@ -112,10 +111,11 @@ class Batches:
         order: (B,) int64, or None without shuffle_keys: row j of the global key views shows image order[j] of the batch.
         """
         plan, device = self.plan, self.device
+        size = (None, None) if self.files else self.images.shape[2:]  # None: the workers crop
         drawn, jitter = [], []
         for view, recipe in enumerate(self.recipes):
             parameters = generator(plan.seed, epoch, PARAMETERS, view)
-            drawn.append(recipe.draw(plan.images, *self.source.size, parameters).to(device))
+            drawn.append(recipe.draw(plan.images, *size, parameters).to(device))
             jitter.append(generator(plan.seed, epoch, JITTER, view))
         # One transfer per epoch: one per step would make the host wait for the step before.
         batches = plan.rows(epoch).to(device).split(plan.batch_size)
@@ -129,39 +129,25 @@ class Batches:
                 distributed.my_rows(batch if order is None or view != 1 else batch[order])
                 for view in range(len(self.views))
             ]
-            images = self.source(epoch, step, rows)
-            if order is not None and isinstance(self.source, Files):
-                # The process with an image's query decoded it, so its key crop changes processes.
-                images[1] = distributed.exchange(images[1], order, on_host[step])
+            if self.files:
+                images = self.files(epoch, step)
+                if order is not None:  # the process with an image's query decoded it: its key crop changes processes
+                    images[1] = distributed.exchange(images[1], order, on_host[step])
+            else:
+                images = [self.images[each] for each in rows]
             parameters = [draws[each] for draws, each in zip(drawn, rows, strict=True)]
             views = [make(*what) for make, *what in zip(self.views, images, parameters, colours, strict=True)]
             yield views, self.labels[rows[0]], order
 
 
-class Memory:
-    """Images in memory, on the device, all of one size; not cropped."""
-
-    def __init__(self, images: Tensor):
-        self.images, self.size = images, images.shape[2:]
-
-    def __call__(self, epoch: int, step: int, rows: Sequence[Tensor]) -> list[Tensor]:
-        """The images at these rows, (n, 3, H, W) uint8 per view."""
-        return [self.images[each] for each in rows]
-
-    def close(self) -> None:
-        """There are no workers."""
-
-
 class Files:
     """Images in files, decoded and cropped by data-loading workers, which live for all epochs."""
-
-    size = (None, None)  # of Recipe.draw: the workers crop
 
     def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
         self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
         self.stream, self.next = None, None  # the workers' batches, and the (epoch, step) of the next one
 
-    def __call__(self, epoch: int, step: int, rows: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, epoch: int, step: int) -> list[Tensor]:
         """The crops of this process's queries, (n, 3, S, S) uint8 on the device per view. Each file is decoded once."""
         if self.next != (epoch, step):
             self.close()

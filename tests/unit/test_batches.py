@@ -37,7 +37,7 @@ def test_two_processes_share_the_files(photos, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        decoded += batches.Batches(split, recipes, shuffle_keys=True, **OPTIONS).source.items([3])
+        decoded += batches.Batches(split, recipes, shuffle_keys=True, **OPTIONS).files.items([3])
     assert sorted(item for step in decoded for item in step) == [(3, i) for i in range(16)]
 
 
@@ -50,9 +50,9 @@ def test_workers_persist_over_epochs(photos):
 
     persistent = build(workers=2, epochs=2)
     first = collect(persistent.epoch(0))
-    stream = persistent.source.stream
+    stream = persistent.files.stream
     second = collect(persistent.epoch(1))
-    assert persistent.source.stream is stream is not None
+    assert persistent.files.stream is stream is not None
     assert_equal(first, collect(build(workers=0).epoch(0)))
     assert_equal(second, collect(build(workers=0).epoch(1)))
     with closing(build(workers=1, epochs=2)) as resumed:

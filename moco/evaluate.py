@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -65,15 +66,10 @@ def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
     if not keep_fc:
         encoder.fc = nn.Identity()
     for module in encoder.modules():
-        if isinstance(module, nn.Sequential) and len(module) == 2:
-            conv, norm = module
+        for (first, conv), (second, norm) in pairwise(module.named_children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
-                module[0], module[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-        for name, norm in list(module.named_children()):
-            if isinstance(norm, _BatchNorm) and name.startswith("bn"):
-                conv = name.replace("bn", "conv")
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), norm))
-                setattr(module, name, nn.Identity())
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
     return encoder.to(memory_format=torch.channels_last)
 
 

@@ -210,7 +210,7 @@ def column(parameters: Tensor, which: int) -> Tensor:
 
 
 def rows_first(images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, H, 3, W) float32."""
+    """(N, 3, H, W) -> (N, H, 3, W) float32."""
     n, c, h, w = images.shape
     out = torch.empty(n, h, c, w, device=images.device)
     return out.copy_(images.transpose(1, 2))
@@ -260,11 +260,14 @@ def flip(images: Tensor, parameters: Tensor, size: int) -> Tensor:
     return torch.where(column(parameters, FLIP) > 0, x.flip(3), x)
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, height, width) uint8: Pillow's antialiased bilinear filter, within 2 of its 256 values."""
-    if image.shape[1:] == (height, width):
-        return image
-    return nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """(N, 3, H, W) -> (N, 3, height, width), uint8 on a CPU or float: Pillow's antialiased bilinear filter.
+
+    uint8 is within 2 of Pillow's 256 values.
+    """
+    if images.shape[2:] == (height, width):
+        return images
+    return nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
 def luminance(x: Tensor) -> Tensor:
@@ -363,34 +366,20 @@ class Centre:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, 3, size, size) float32, normalised, channels last."""
-        x, sides = rows_first(images), images.shape[2:]
-        if self.crop or sides != (self.size, self.size):
-            places = zip(sides, self.sides(*sides), strict=True)
-            by = [resizing(old, new, images.device)[:, first : first + self.size] for old, (new, first) in places]
-            x = linear(x, *(matrix.expand(len(x), -1, -1) for matrix in by))
-        return self.finish(x)
+        return self.normalise(self.cut(images.float()))
 
-    def cut(self, image: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (3, size, size) uint8: one image of any size, without the normalisation."""
-        (height, top), (width, left) = self.sides(*image.shape[1:])
-        return resize(image, height, width)[:, top : top + self.size, left : left + self.size]
+    def cut(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 3, size, size), uint8 on a CPU or float: without the normalisation."""
+        (height, top), (width, left) = self.sides(*images.shape[2:])
+        return resize(images, height, width)[:, :, top : top + self.size, left : left + self.size]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, 3, size, size) uint8 -> float32, normalised, channels last."""
-        return self.finish(rows_first(images))
-
-    def finish(self, x: Tensor) -> Tensor:
-        return finish(x, *(constant(tuple(values), x.device) for values in (self.mean, self.std)))
+        """(N, 3, size, size) in 0..255 -> float32, normalised, channels last."""
+        mean, std = (constant(tuple(values), images.device) for values in (self.mean, self.std))
+        return finish(rows_first(images), mean, std)
 
     def sides(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width after resizing, each with the first pixel of the centre."""
         short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
         sides = [short * side // min(height, width) for side in (height, width)]
         return [(side, round((side - self.size) / 2)) for side in sides]
-
-
-@cache  # images in memory have one size
-def resizing(size: int, out: int, device: torch.device) -> Tensor:
-    """(1, out, size): resizes a whole row of pixels."""
-    start, length = torch.tensor([[0.0], [size]], device=device)
-    return triangles(start, length, size, out)

@@ -243,13 +243,13 @@ class Crops(Decoded):
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor:
         epoch, index = item
-        image = pixels(self.split.pillow(index))
+        image = pixels(self.split.pillow(index))[None]
         return torch.stack([self.crop(image, epoch, index, view) for view in range(len(self.recipes))])
 
     def crop(self, image: Tensor, epoch: int, index: int, view: int) -> Tensor:
         recipe, rng = self.recipes[view], generator(self.seed, epoch, CROPS, index, view)
-        top, left, height, width = recipe.draw_crop(*image.shape[1:], rng)
-        return augment.resize(image[:, top : top + height, left : left + width], recipe.size, recipe.size)
+        top, left, height, width = recipe.draw_crop(*image.shape[2:], rng)
+        return augment.resize(image[:, :, top : top + height, left : left + width], recipe.size, recipe.size)[0]
 
 
 class CentreCrops(Decoded):
@@ -260,7 +260,7 @@ class CentreCrops(Decoded):
         self.centre = centre
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.centre.cut(pixels(self.split.pillow(index)))
+        return self.centre.cut(pixels(self.split.pillow(index))[None])[0]
 
 
 class Centres:

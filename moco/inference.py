@@ -36,4 +36,4 @@ def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]
 
 def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:
     """(3, size, size) float32 of a PIL image of any size; ValueError: it has more than 8 bits per channel."""
-    return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image)))[None])[0]
+    return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image))[None]))[0]

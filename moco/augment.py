@@ -7,10 +7,10 @@ are linear in rows and in columns: each is two batched matrix products.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
-from PIL import ImageFilter
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -127,7 +127,7 @@ class Recipe:
             crop = transforms.RandomCrop(self.size, self.padding)
         jitter = transforms.ColorJitter(*(self.jitter or (0, 0, 0, 0)))
         colours = [transforms.RandomApply([jitter], self.jitter_p), transforms.RandomGrayscale(self.gray_p)]
-        blur = transforms.RandomApply([PillowBlur(*self.blur)], self.blur_p)
+        blur = transforms.RandomApply([partial(pillow_blur, radii=self.blur)], self.blur_p)
         flip = transforms.RandomHorizontalFlip(self.flip_p)
         tail = [blur, flip, transforms.ToTensor(), transforms.Normalize(mean, std)]
         return transforms.Compose([crop, *(reversed(colours) if self.gray_first else colours), *tail])
@@ -142,16 +142,10 @@ MILD = Recipe(scale=(0.5, 1.0), jitter=None, gray_p=0, blur_p=0)
 PADDED = Recipe(padding=4, jitter=None, gray_p=0, blur_p=0)
 
 
-class PillowBlur(nn.Module):
-    """Gaussian blur of a PIL image, its radius drawn uniformly from `low` to `high`."""
-
-    def __init__(self, low, high):
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, image):
-        radius = torch.empty(1).uniform_(self.low, self.high).item()
-        return image.filter(ImageFilter.GaussianBlur(radius))
+def pillow_blur(image: Image.Image, radii: tuple[float, float]) -> Image.Image:
+    """Gaussian blur of a PIL image, its radius drawn uniformly between the smallest and the largest of `radii`."""
+    radius = torch.empty(1).uniform_(*radii).item()
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 class Views:

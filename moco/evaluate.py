@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -22,13 +22,6 @@ FULL_BYTES = 1 << 30  # the largest bank in float32: a larger one is kept in flo
 PART_BYTES = 256 << 20  # a part of the bank in float32 with its similarities
 
 
-def topk_hits(scores: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """(len(ks),) int64: for each k, how many of the labels (N,) are among the k highest scores (N, classes)."""
-    best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
-    hits = best == labels[:, None]
-    return torch.stack([hits[:, :k].any(1).sum() for k in ks])
-
-
 @torch.no_grad()
 def accuracy(
     network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: int
@@ -42,17 +35,18 @@ def accuracy(
         images; (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j, or
         None for more than LARGEST_CONFUSION classes.
     """
-    hits = counts = pairs = 0
+    among5 = counts = pairs = 0
     for inputs, labels in batches:
-        scores = network(inputs)
-        hits = hits + topk_hits(scores, labels)
-        best = scores.argmax(1)
-        right_and_all = (labels[best == labels], labels)
+        best = network(inputs).topk(min(5, classes), dim=1).indices
+        right = best == labels[:, None]
+        among5 = among5 + right.any(1).sum()
+        right_and_all = (labels[right[:, 0]], labels)
         counts = counts + torch.stack([some.bincount(minlength=classes) for some in right_and_all])
         if classes <= LARGEST_CONFUSION:
-            pairs = pairs + (labels * classes + best).bincount(minlength=classes * classes)
+            pairs = pairs + (labels * classes + best[:, 0]).bincount(minlength=classes * classes)
     counts = distributed.all_sum(counts)
-    top1, top5 = (100 * distributed.all_sum(hits).double() / counts[1].sum()).tolist()
+    hits = torch.stack([counts[0].sum(), distributed.all_sum(among5)])
+    top1, top5 = (100 * hits.double() / counts[1].sum()).tolist()
     confusion = distributed.all_sum(pairs).view(classes, classes).cpu() if classes <= LARGEST_CONFUSION else None
     return top1, top5, counts.cpu(), confusion
 

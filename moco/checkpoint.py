@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moco import distributed, encoders
-from moco.errors import RunError, UsageError, say
+from moco.errors import RunError, UsageError, first_line, say
 
 LAST = "checkpoint_last.pth.tar"
 LINEAR, BEST = "linear_last.pth.tar", "model_best.pth.tar"  # of the linear evaluation
@@ -153,10 +153,6 @@ def read(path: Path) -> object:
         unsafe = isinstance(error, pickle.UnpicklingError)  # PyTorch's text advises to run the code in it
         reason = "only tensors and plain values are opened" if unsafe else first_line(error)
         raise RunError(f"'{path}' cannot be read (corrupt, or not a checkpoint): {reason}") from None
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def with_prefix(state_dict: dict) -> dict:

@@ -19,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from moco import distributed
-from moco.errors import RunError, UsageError, say
+from moco.errors import RunError, UsageError, first_line, say
 from moco.losses import UNLABELLED
 
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -197,9 +197,9 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     except Exception as error:  # the many ways in which a download or an archive can fail
         if distributed.lost_connection(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: {reason}"
+            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: "
+            f"{first_line(error)}"
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
@@ -296,8 +296,7 @@ def open_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly everything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(f"image '{path}' cannot be read: {reason}") from None
+        raise RunError(f"image '{path}' cannot be read: {first_line(error)}") from None
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -33,6 +33,10 @@ def say(text: str) -> None:
         raise RunError(f"stdout cannot be written: {error.strerror}") from None
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def one_line(text: object) -> str:
     """The text with line breaks and other control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

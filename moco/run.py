@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco import checkpoint, distributed
-from moco.errors import RunError, say
+from moco.errors import RunError, first_line, say
 from moco.losses import HEALTH
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a run finishes its step, saves and exits
@@ -79,8 +79,9 @@ class Run:
             if self.step == self.length:
                 self.unevaluated = {name: float(value) for name, value in saved["unevaluated"].items()}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise RunError(f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {reason}") from None
+            raise RunError(
+                f"checkpoint '{path}' cannot be resumed: {type(error).__name__}: {first_line(error)}"
+            ) from None
 
     def __enter__(self) -> "Run":
         if distributed.rank() == 0:

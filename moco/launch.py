@@ -33,6 +33,23 @@ class LostError(RunError):
     """Another process has ended."""
 
 
+@contextlib.contextmanager
+def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
+    """An error in the block, or in a function that this decorates, is one line on stderr and its exit status.
+
+    The process does not leave its group then: with NCCL that would wait.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UsageError, RunError) as error:
+        report_and_exit(error, process)
+    except RuntimeError as error:
+        report_and_exit(explained(error), process)
+
+
+@reporting()
 def launch(
     worker: Callable[[torch.device], None], *, gpu: int | None = None, dist_backend: str | None = None, **options
 ) -> None:
@@ -41,14 +58,10 @@ def launch(
     If the environment has all of VARIABLES, torchrun or scripts/slurm.sh has started this process. Otherwise the
     options say what to start, see `plan`; a started process imports the worker.
     """
-    try:
-        if all(name in os.environ for name in VARIABLES):
-            processes = [inherited(os.environ, gpu=gpu, **options)]
-            gpu = None
-        else:
-            processes = plan(os.environ, torch.cuda.device_count() if gpu is None else 1, **options)
-    except UsageError as error:
-        report_and_exit(error)
+    if all(name in os.environ for name in VARIABLES):
+        processes, gpu = [inherited(os.environ, gpu=gpu, **options)], None
+    else:
+        processes = plan(os.environ, torch.cuda.device_count() if gpu is None else 1, **options)
     if len(processes) > 1:
         spawn(worker, processes, dist_backend)
     else:
@@ -144,22 +157,6 @@ def run(index: int, worker: Callable, processes: list[dict], backend: str | None
             leave_group()
             raise
         leave_group()
-
-
-@contextlib.contextmanager
-def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
-    """An error in the block, or in a function that this decorates, is one line on stderr and its exit status.
-
-    The process does not leave its group then: with NCCL that would wait.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UsageError, RunError) as error:
-        report_and_exit(error, process)
-    except RuntimeError as error:
-        report_and_exit(explained(error), process)
 
 
 def choose_device(gpu: int | None = None) -> torch.device:

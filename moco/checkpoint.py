@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moco import distributed, encoders
+from moco import datasets, distributed, encoders
 from moco.errors import RunError, UsageError, first_line, say
 
 LAST = "checkpoint_last.pth.tar"
@@ -299,12 +299,18 @@ def initialise(encoder: nn.Module, path: str) -> None:
 def described(saved: dict, weights: dict, path: str | Path, arch: str | None = None) -> dict:
     """The arch, stem, image_size, mean and std of a checkpoint's encoder. `arch`: that of -a, if given.
 
-    For other programs' checkpoints the shapes give the arch, the first layer stem and size; mean and std are None.
+    For other programs' checkpoints the shapes give the arch, the first layer the rest: ImageNet's size and statistics
+    for its stem; else 32 pixels, and mean and std are None.
     """
-    options = saved["options"]
     stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
-    size = options.get("image_size") or (32 if stem == "cifar" else 224)
-    named = {name: options.get(name) for name in ("mean", "std")}
+    size, (mean, std) = (32, (None, None)) if stem == "cifar" else (224, datasets.IMAGENET)
     if arch is None:
         arch = saved["arch"] if saved.get("arch") in encoders.names() else architecture(weights, path)
-    return dict(arch=arch, stem=stem, image_size=size, **named)
+    options = saved["options"]
+    return dict(
+        arch=arch,
+        stem=stem,
+        image_size=options.get("image_size") or size,
+        mean=options.get("mean") or mean,
+        std=options.get("std") or std,
+    )

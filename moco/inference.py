@@ -27,10 +27,10 @@ def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]
         classes = options.get("classes") or [str(label) for label in range(outputs)]
     else:
         network.fc = nn.Identity()
-    mean, std = datasets.IMAGENET if known["stem"] == "imagenet" else datasets.CIFAR10  # if the checkpoint does not say
+    mean, std = known["mean"] or datasets.CIFAR10[0], known["std"] or datasets.CIFAR10[1]
     # A linear evaluation says whether it crops; before one, only kNN crops.
     crop = options.get("centre_crop", options.get("objective") != "CrossEntropy" and not options.get("aug_crop"))
-    centre = augment.Centre(known["image_size"], known["mean"] or mean, known["std"] or std, crop)
+    centre = augment.Centre(known["image_size"], mean, std, crop)
     return network.eval(), centre, classes
 
 

@@ -265,16 +265,13 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
 
 def resolve_linear(args: Namespace, device: torch.device, source: str, saved: dict, weights: dict) -> Namespace:
     """The resolved options of main_lincls.py. What is not given comes from the checkpoint `saved`, read from `source`."""
-    args, theirs = Namespace(**vars(args)), saved["options"]
-    known = checkpoint.described(saved, weights, source, args.arch)
+    theirs = saved["options"]
     if args.arch and saved.get("arch") and args.arch != saved["arch"]:
         raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
-    args.arch, args.stem = args.arch or known["arch"], known["stem"]
-    args.image_size = args.image_size or known["image_size"]
+    known = checkpoint.described(saved, weights, source, args.arch)
+    args = Namespace(**vars(args) | {name: value for name, value in known.items() if not getattr(args, name)})
     if theirs.get("aug_crop"):
         args.train_views, args.centre_crop = augment.PADDED, False
-    mean, std = datasets.IMAGENET if args.stem == "imagenet" else (None, None)  # if the checkpoint does not say
-    args.mean, args.std = args.mean or known["mean"] or mean, args.std or known["std"] or std
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
         args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"

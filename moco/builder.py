@@ -90,9 +90,9 @@ class MoCo(nn.Module):
         """(N, C) keys of this process in shuffled order, from the key encoder after its momentum update; the order."""
         self.momentum_update()
         if order is None and distributed.world_size() * self.bn_splits > 1:
-            order = torch.randperm(len(im_k) * distributed.world_size(), device=im_k.device)
-            order = distributed.broadcast(order)
-            im_k = distributed.shuffle_images(im_k, order)
+            images = distributed.all_gather(im_k)
+            order = distributed.broadcast(torch.randperm(len(images), device=im_k.device))
+            im_k = images[distributed.my_rows(order)]  # row j of the global batch shows image order[j]
         return self.encode(self.encoder_k, im_k), order
 
     def encode(self, encoder: nn.Module, images: Tensor) -> Tensor:

@@ -94,13 +94,10 @@ def my_rows(x: Tensor) -> Tensor:
     return x.tensor_split(world_size())[rank()]
 
 
-def shuffle_images(images: Tensor, order: Tensor) -> Tensor:
-    """MoCo's shuffle by gathering: global row j of the result is global row order[j] of the images."""
-    return all_gather(images)[my_rows(order)]
-
-
 def exchange(x: Tensor, order: Tensor, on_host: Tensor) -> Tensor:
-    """As shuffle_images, but each row goes directly from the process that has it to the one that needs it.
+    """This process's share of the rows in a new order: global row j of the result is global row order[j] of x.
+
+    Each row goes directly from the process that has it to the one that needs it.
 
     Args:
         x: (n, ...), this process's rows. order: (world_size * n,) int64, a permutation of all rows, on x's device.

@@ -6,9 +6,8 @@ Shapes: N images on this process, B = N * processes in the global batch.
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco import distributed, encoders
 from moco.losses import UNLABELLED, contrast_health, out_loss

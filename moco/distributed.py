@@ -5,8 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Names that differ between PyTorch releases; the old ones cause warnings in new releases.

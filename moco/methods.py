@@ -97,43 +97,21 @@ def with_queue(model: type[MoCo], **changes) -> Method:
     return replace(method, **changes)
 
 
+# fmt: off
 def moco_options(parser: Parser) -> None:
     add = parser.adder("momentum contrast")
-    add(
-        "--moco-dim",
-        resumed=KEEP,
-        type=positive_int,
-        default=128,
-        metavar="C",
-        help="width of the features (default: %(default)s)",
-    )
-    add(
-        "--moco-k",
-        resumed=KEEP,
-        type=positive_int,
-        default=65536,
-        metavar="K",
-        help="keys in the queue (default: %(default)s)",
-    )
-    add(
-        "--moco-m",
-        resumed=KEEP,
-        type=fraction,
-        default=0.99,
-        metavar="M",
-        help="momentum of the key encoder (default: %(default)s)",
-    )
-    add(
-        "--moco-t",
-        resumed=KEEP,
-        type=positive_float,
-        default=0.07,
-        metavar="T",
-        help="temperature (default: %(default)s)",
-    )
+    add("--moco-dim", resumed=KEEP, type=positive_int, default=128, metavar="C",
+        help="width of the features (default: %(default)s)")
+    add("--moco-k", resumed=KEEP, type=positive_int, default=65536, metavar="K",
+        help="keys in the queue (default: %(default)s)")
+    add("--moco-m", resumed=KEEP, type=fraction, default=0.99, metavar="M",
+        help="momentum of the key encoder (default: %(default)s)")
+    add("--moco-t", resumed=KEEP, type=positive_float, default=0.07, metavar="T",
+        help="temperature (default: %(default)s)")
     add("--mlp", resumed=KEEP, action="store_true", help="MoCo v2's projection head of two layers")
 
 
+# fmt: on
 def supcon_options(parser: Parser) -> None:
     add = parser.adder("SupContrast")
     add("--dim", resumed=KEEP, type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
@@ -191,5 +169,12 @@ CROSS_ENTROPY = Method(
     classifier=own_classifier,
     defaults=dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None),
 )
-ALL = {"main_moco.py": MOCO, "main_moco_in.py": IN, "main_moco_out.py": OUT, "main_moco_suploss.py": SUPLOSS}
-ALL |= {"main_moco_proto.py": PROTO, "main_supcon.py": SUPCON, "main_ce.py": CROSS_ENTROPY}
+ALL = {
+    "main_moco.py": MOCO,
+    "main_moco_in.py": IN,
+    "main_moco_out.py": OUT,
+    "main_moco_suploss.py": SUPLOSS,
+    "main_moco_proto.py": PROTO,
+    "main_supcon.py": SUPCON,
+    "main_ce.py": CROSS_ENTROPY,
+}

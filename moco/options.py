@@ -94,46 +94,45 @@ fraction = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 side = number(int, "a whole number from 8 to 4096", lambda n: 8 <= n <= 4096)
 
 
+# Not formatted: an option is a statement of one to three lines, its help at the end.
+# fmt: off
+
+
 def pretrain_parser(
     description: str, add_options: Callable[[Parser], None] | None = None, defaults: Mapping[str, object] | None = None
 ) -> Parser:
     """Options of the pretraining scripts. A method adds its own, and the defaults that differ from MoCo's."""
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
     add, add_views = parser.adder(), parser.adder(exclusive=True)
-    add(
-        "--cos",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        resumed=TELL,
-        help="cosine schedule from lr to 0 (replaces --schedule)",
-    )
-    text = "epochs of linear warm-up; SupContrast and cross entropy: 10 for batches over 256, else 0 (default: 5)"
-    add("--warm-up", resumed=TELL, type=count, default=5, metavar="N", help=text)
-    text = "MoCo v2's views: colour jitter with p 0.8, and blur (default: the script's own views)"
-    add_views("--aug-plus", resumed=KEEP, action="store_true", help=text)
+    add("--cos", action=argparse.BooleanOptionalAction, default=False, resumed=TELL,
+        help="cosine schedule from lr to 0 (replaces --schedule)")
+    add("--warm-up", resumed=TELL, type=count, default=5, metavar="N",
+        help="epochs of linear warm-up; SupContrast and cross entropy: 10 for batches over 256, else 0 (default: 5)")
+    add_views("--aug-plus", resumed=KEEP, action="store_true",
+              help="MoCo v2's views: colour jitter with p 0.8, and blur (default: the script's own views)")
     add = parser.adder("beyond the reference")
-    text = "epochs between checkpoints that are kept; the last one always is (default: %(default)s)"
-    add("--save-freq", type=positive_int, default=200, metavar="N", help=text)
-    text = "first layers of torchvision's ResNets (default: cifar up to 64 pixels, imagenet beyond)"
-    add("--stem", resumed=KEEP, choices=("cifar", "imagenet"), help=text)
-    text = "batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)"
-    add("--bn-splits", type=positive_int, default=1, metavar="S", help=text)
-    text = "keep labels for only the first N images per class; the rest train without (default: all)"
-    add("--labels-per-class", resumed=KEEP, type=count, metavar="N", help=text)
-    text = "epochs between kNN evaluations on the validation images (default: 0, never)"
-    add("--knn-freq", type=count, default=0, metavar="N", help=text)
-    text = "milder views than --aug-plus: crops of at least half the image, and flips; colours do not change"
-    add_views("--aug-mild", resumed=KEEP, action="store_true", help=text)
-    text = "He et al.'s views: random crops of the image padded by 4 pixels, and flips; evaluation does not crop"
-    add_views("--aug-crop", resumed=KEEP, action="store_true", help=text)
+    add("--save-freq", type=positive_int, default=200, metavar="N",
+        help="epochs between checkpoints that are kept; the last one always is (default: %(default)s)")
+    add("--stem", resumed=KEEP, choices=("cifar", "imagenet"),
+        help="first layers of torchvision's ResNets (default: cifar up to 64 pixels, imagenet beyond)")
+    add("--bn-splits", type=positive_int, default=1, metavar="S",
+        help="batch norm over S chunks of each process's batch, as on S GPUs (default: %(default)s)")
+    add("--labels-per-class", resumed=KEEP, type=count, metavar="N",
+        help="keep labels for only the first N images per class; the rest train without (default: all)")
+    add("--knn-freq", type=count, default=0, metavar="N",
+        help="epochs between kNN evaluations on the validation images (default: 0, never)")
+    add_views("--aug-mild", resumed=KEEP, action="store_true",
+              help="milder views than --aug-plus: crops of at least half the image, and flips; colours do not change")
+    add_views("--aug-crop", resumed=KEEP, action="store_true",
+              help="He et al.'s views: random crops of the image padded by 4 pixels, and flips; evaluation does not "
+                   "crop")
     add("--nesterov", resumed=KEEP, action="store_true", help="Nesterov's momentum")
     add("--no-bias-decay", resumed=KEEP, action="store_true", help="no weight decay on biases and batch norm")
-    text = "also keep an average of the encoder's weights, with this decay per step, and evaluate that"
-    add("--ema", resumed=KEEP, type=fraction, metavar="DECAY", help=text)
-    text = (
-        "start the encoder from this file of MoCo, SupContrast, torchvision, timm (.pth, .safetensors) or this project"
-    )
-    add("--init", metavar="PATH", help=text)
+    add("--ema", resumed=KEEP, type=fraction, metavar="DECAY",
+        help="also keep an average of the encoder's weights, with this decay per step, and evaluate that")
+    add("--init", metavar="PATH",
+        help="start the encoder from this file of MoCo, SupContrast, torchvision, timm (.pth, .safetensors) or this "
+             "project")
     if add_options:
         add_options(parser)
     parser.set_defaults(**(defaults or {}))
@@ -148,10 +147,10 @@ def linear_parser(description: str) -> Parser:
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
     add = parser.adder()
     add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
-    text = "supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)"
-    add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco", help=text)
-    text = "only evaluate the classifier of --resume on the validation images"
-    add("-e", "--evaluate", action="store_true", help=text)
+    add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco",
+        help="supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)")
+    add("-e", "--evaluate", action="store_true",
+        help="only evaluate the classifier of --resume on the validation images")
     parser.set_defaults(image_size=None, stem=None, **recipe)
     return parser
 
@@ -160,78 +159,65 @@ def base_parser(description: str, epochs: int, lr: float, weight_decay: float, s
     """Options of every training script."""
     parser = Parser(description)
     add = parser.adder()
-    text = "image folder (train/ and val/, one folder per class), or the directory with CIFAR (downloaded if absent)"
-    add("data", nargs="?", metavar="DIR", help=text)
-    text = (
-        "resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or --pretrained, "
-        "else resnet50)"
-    )
-    add("-a", "--arch", resumed=KEEP, help=text)
-    text = "data-loading workers, unused for data in memory (default: %(default)s)"
-    add("-j", "--workers", type=count, default=8, metavar="N", help=text)
-    add(
-        "--epochs",
-        resumed=TELL,
-        type=positive_int,
-        default=epochs,
-        metavar="N",
-        help="total epochs (default: %(default)s)",
-    )
+    add("data", nargs="?", metavar="DIR",
+        help="image folder (train/ and val/, one folder per class), or the directory with CIFAR (downloaded if absent)")
+    add("-a", "--arch", resumed=KEEP,
+        help="resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or "
+             "--pretrained, else resnet50)")
+    add("-j", "--workers", type=count, default=8, metavar="N",
+        help="data-loading workers, unused for data in memory (default: %(default)s)")
+    add("--epochs", resumed=TELL, type=positive_int, default=epochs, metavar="N",
+        help="total epochs (default: %(default)s)")
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
-    text = "global batch, over all processes of all machines (default: %(default)s)"
-    add("-b", "--batch-size", resumed=KEEP, type=positive_int, default=256, metavar="N", help=text)
-    add(
-        "--lr",
-        "--learning-rate",
-        resumed=TELL,
-        type=amount,
-        default=lr,
-        help="learning rate; never rescaled with the batch (default: %(default)s)",
-    )
-    text = f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})"
-    add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH", help=text)
+    add("-b", "--batch-size", resumed=KEEP, type=positive_int, default=256, metavar="N",
+        help="global batch, over all processes of all machines (default: %(default)s)")
+    add("--lr", "--learning-rate", resumed=TELL, type=amount, default=lr,
+        help="learning rate; never rescaled with the batch (default: %(default)s)")
+    add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH",
+        help=f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})")
     add("--momentum", resumed=TELL, type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
-    decay = dict(type=amount, default=weight_decay, dest="weight_decay", metavar="W")
-    add("--wd", "--weight-decay", resumed=TELL, **decay, help="weight decay (default: %(default)s)")
-    text = "steps between log lines (default: %(default)s)"
-    add("-p", "--print-freq", type=positive_int, default=10, metavar="N", help=text)
-    text = "checkpoint to continue from; auto: the last one in --output-dir, if any"
-    add("--resume", metavar="PATH", help=text)
+    add("--wd", "--weight-decay", resumed=TELL, type=amount, default=weight_decay, dest="weight_decay", metavar="W",
+        help="weight decay (default: %(default)s)")
+    add("-p", "--print-freq", type=positive_int, default=10, metavar="N",
+        help="steps between log lines (default: %(default)s)")
+    add("--resume", metavar="PATH", help="checkpoint to continue from; auto: the last one in --output-dir, if any")
     add("--seed", resumed=KEEP, type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
     add = parser.adder("processes")
-    text = "one process per visible GPU (ignored under torchrun and scripts/slurm.sh, like the next four options)"
-    add("--multiprocessing-distributed", action="store_true", help=text)
+    add("--multiprocessing-distributed", action="store_true",
+        help="one process per visible GPU (ignored under torchrun and scripts/slurm.sh, like the next four options)")
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
     add("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
     add("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
-    text = "address of the first machine, for several processes (default: %(default)s)"
-    add("--dist-url", default=DIST_URL, metavar="tcp://HOST:PORT", help=text)
+    add("--dist-url", default=DIST_URL, metavar="tcp://HOST:PORT",
+        help="address of the first machine, for several processes (default: %(default)s)")
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
     add = parser.adder("beyond the reference: data and speed")
-    text = "folder for checkpoints, log.csv and tensorboard/ (default: the current folder)"
-    add("--output-dir", default=".", metavar="DIR", help=text)
-    text = (
-        "auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
-        "digits needs no DIR (default: auto)"
-    )
-    add("--dataset", resumed=KEEP, choices=DATASETS, default="auto", help=text)
-    text = "use only the first N training images per class"
-    add("--per-class", resumed=KEEP, type=positive_int, metavar="N", help=text)
-    text = "validate on the last N training images per class instead of training on them, to choose options"
-    add("--holdout", resumed=KEEP, type=count, default=0, metavar="N", help=text)
-    text = "side of the views (default: 32; for main_lincls.py the checkpoint's)"
-    add("--image-size", resumed=KEEP, type=side, default=32, metavar="PIXELS", help=text)
-    rgb = dict(nargs=3, metavar=("R", "G", "B"))
-    text = "pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else ImageNet's)"
-    add("--mean", resumed=KEEP, type=number(float, "a number"), **rgb, help=text)
-    add("--std", resumed=KEEP, type=positive_float, **rgb, help="pixel standard deviation (same defaults)")
-    text = "precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32"
-    add("--precision", resumed=TELL, choices=("bf16", "fp32"), help=text)
-    text = "torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=text)
+    add("--output-dir", default=".", metavar="DIR",
+        help="folder for checkpoints, log.csv and tensorboard/ (default: the current folder)")
+    add("--dataset", resumed=KEEP, choices=DATASETS, default="auto",
+        help="auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
+             "digits needs no DIR (default: auto)")
+    add("--per-class", resumed=KEEP, type=positive_int, metavar="N",
+        help="use only the first N training images per class")
+    add("--holdout", resumed=KEEP, type=count, default=0, metavar="N",
+        help="validate on the last N training images per class instead of training on them, to choose options")
+    add("--image-size", resumed=KEEP, type=side, default=32, metavar="PIXELS",
+        help="side of the views (default: 32; for main_lincls.py the checkpoint's)")
+    add("--mean", resumed=KEEP, type=number(float, "a number"), nargs=3, metavar=("R", "G", "B"),
+        help="pixel mean, in 0..1 (default: the data set's; image folders: CIFAR-10's up to 64 pixels, else "
+             "ImageNet's)")
+    add("--std", resumed=KEEP, type=positive_float, nargs=3, metavar=("R", "G", "B"),
+        help="pixel standard deviation (same defaults)")
+    add("--precision", resumed=TELL, choices=("bf16", "fp32"),
+        help="precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)")
     return parser
+
+
+# fmt: on
 
 
 def launching(args: Namespace) -> dict:

@@ -59,12 +59,10 @@ class Split:
         each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
         return torch.cat(each).sort().values
 
-    def of_each_class(self, part: slice, unlabelled: bool = False) -> "Split":
-        """The images that a slice selects within each class; with `unlabelled` also all that have no label."""
-        kept = self.rows_of_each_class(part)
-        if unlabelled:
-            kept = torch.cat([kept, (self.labels == UNLABELLED).nonzero().squeeze(1)]).sort().values
-        return self.take(kept)
+    def of_each_class(self, part: slice) -> "Split":
+        """The images that a slice selects within each class, and all that have no label."""
+        unlabelled = (self.labels == UNLABELLED).nonzero().squeeze(1)
+        return self.take(torch.cat([self.rows_of_each_class(part), unlabelled]).sort().values)
 
     def take(self, rows: torch.Tensor) -> "Split":
         """The images at these rows, (n,) int64 on the CPU, in their order."""
@@ -162,9 +160,9 @@ def load(
         labels = split.labels[split.labels != UNLABELLED]
         if (fewest := int(labels.bincount(minlength=len(split.classes)).min())) <= holdout:
             raise UsageError(f"--holdout {holdout} leaves none of the {fewest} training images of a class")
-        split = split.of_each_class(slice(-holdout) if train else slice(-holdout, None), unlabelled)
+        split = split.of_each_class(slice(-holdout) if train else slice(-holdout, None))
     if train and per_class:
-        split = split.of_each_class(slice(per_class), unlabelled)
+        split = split.of_each_class(slice(per_class))
     if train and labels_per_class is not None:
         split = split.with_labels(labels_per_class)
     if in_memory and split.paths is not None:
@@ -212,14 +210,11 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
 
     `trained_on`: the classes if there is no train/ folder; some of them may have no image.
     """
-    if train:
-        root = Path(folder, "train")
-        if not root.is_dir():
-            raise UsageError(f"'{folder}' has no train/ folder")
-    else:
-        root = next((r for r in (Path(folder, "val"), Path(folder, "test")) if r.is_dir()), None)
-        if root is None:
-            raise UsageError(f"'{folder}' has no validation images: it has neither val/ nor test/")
+    roots = [Path(folder, name) for name in (["train"] if train else ["val", "test"])]
+    root = next((path for path in roots if path.is_dir()), None)
+    if root is None:
+        missing = "no train/ folder" if train else "no validation images: it has neither val/ nor test/"
+        raise UsageError(f"'{folder}' has {missing}")
     classes = found = class_folders(root)
     if not train and Path(folder, "train").is_dir():
         if missing := set(found) ^ set(class_folders(Path(folder, "train"))):

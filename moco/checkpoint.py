@@ -160,7 +160,7 @@ def with_prefix(state_dict: dict) -> dict:
 
 
 def load_state(module: nn.Module, state_dict: dict, path: str | Path) -> None:
-    """Loads weights, with or without `module.`; RunError names those that are missing, unexpected or of another shape."""
+    """Loads weights, with or without `module.`; RunError names the first that are missing, unexpected or of another shape."""
     try:
         module.load_state_dict({name.removeprefix(PREFIX): value for name, value in state_dict.items()})
     except RuntimeError as error:

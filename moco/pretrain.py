@@ -138,7 +138,7 @@ def fit(
                 row |= measure(method, model, average, args, epoch, split, validation, device)
             run.log(row)
             describe(epoch, row, args)
-            save(epoch + 1)  # after the log: a resumed run rewrites the rows after its checkpoint
+            save(epoch + 1)  # after the log: a resumed run replaces the rows after its checkpoint
             if run.stopping:
                 run.exit_saved()
 

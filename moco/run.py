@@ -192,9 +192,9 @@ class Run:
         )
 
     def save(self, content: dict, kept: str | None = None) -> None:
-        """Writes a checkpoint in a thread, on rank 0; `kept`: a second file with it.
+        """Writes a checkpoint in a thread, on rank 0; `kept`: another file with the same content.
 
-        The second file is first, so that a run killed in between writes both again when it is resumed.
+        It is written first, so that a run killed between the two writes both again when it is resumed.
         """
         if distributed.rank() == 0:
             self.writer.save([self.folder / name for name in (kept, self.last) if name], content)

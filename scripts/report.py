@@ -65,18 +65,20 @@ def report(folder, pages, check):
         "labels": labels_table(labelled),
         "searches": searches(folder / "lr"),
         "tries": searches(folder / "own"),
-        "speed": speed([results.read_json(path) for path in sorted(folder.glob("bench-*.json"))]),
+        "speed": speed([results.read_json(path) for path in sorted(folder.glob("bench*.json"))]),
     }
     marker = rf"(<!-- ({'|'.join(blocks)}): made from results/ by scripts/report.py -->\n).*?(<!-- end of \2 -->)"
+    found = set()
     for path in [pages / "README.md", *sorted((pages / "docs").glob("*.md"))]:
         old = path.read_text()
-        new = re.sub(marker, lambda match: match[1] + blocks.pop(match[2]) + match[3], old, flags=re.S)
+        new = re.sub(marker, lambda match: match[1] + blocks[match[2]] + match[3], old, flags=re.S)
+        found |= {match[2] for match in re.finditer(marker, old, re.S)}
         if check and new != old:
             raise RunError(f"'{path}' does not agree with '{folder}': run make report")
         if new != old:
             path.write_text(new)
-    if blocks:
-        raise RunError(f"no page in '{pages}' has both markers of {', '.join(blocks)}")
+    if missing := blocks.keys() - found:
+        raise RunError(f"no page in '{pages}' has both markers of {', '.join(sorted(missing))}")
     if not check:
         draw(small, labelled, folder)
 
@@ -89,7 +91,7 @@ def table(titles, rows):
 
 
 def grouped(folder):
-    """Lists of runs that differ in nothing but the seed, as their files' names say; in the order of the tables."""
+    """Lists of runs that differ in nothing but the seed, as their files' names say, in the order of the tables."""
     groups = {}
     for path in sorted(folder.glob("*-seed*.json")):
         groups.setdefault(path.stem.rpartition("-seed")[0], []).append(results.read_json(path))
@@ -250,12 +252,15 @@ def draw(groups, labelled, folder):
         panel.set(xlabel="epoch", ylabel=label)
     save(figure, folder / "curves.png")
 
-    rows = max(1, -(-len(chosen) // 3))
+    drawn = {name: run["embedding"] for name, run in chosen.items() if "embedding" in run}
+    rows = max(1, -(-len(drawn) // 3))
     figure = Figure(figsize=(11, 3.9 * rows), layout="constrained")
-    for panel, (name, run) in zip(figure.subplots(rows, 3).flat, chosen.items(), strict=False):
-        points = run["embedding"]
+    panels = figure.subplots(rows, 3).flatten()
+    for panel in panels[len(drawn) :]:
+        panel.axis("off")
+    for panel, (name, points) in zip(panels, drawn.items(), strict=False):
         scatter(panel, np.array([points["x"], points["y"]]).T, np.array(points["label"]), points["classes"])
-        panel.set_title(f"{name}: {top1(run):.1f} %", fontsize=10, color=colours[name])
+        panel.set_title(f"{name}: {top1(chosen[name]):.1f} %", fontsize=10, color=colours[name])
     save(figure, folder / "embeddings.png", ncols=10, markerscale=3)
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

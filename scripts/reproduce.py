@@ -142,7 +142,7 @@ def reproduce(key, args, seed):
 def begin(folder, lines):
     """How a run was begun, from its folder; UsageError: with other options."""
     path = folder / "begun.json"
-    if not (folder / checkpoint.LAST).exists():  # there is nothing to continue
+    if not path.is_file():
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
     if lines != begun.get("commands"):
@@ -158,9 +158,11 @@ def train(folder, line, begun):
     status = call([sys.executable, str(ROOT / script), *words, "--resume", "auto"])
     begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(os.times()[2:4]) - before, 1)
     results.write_json(folder / "begun.json", begun)
+    if status == 2 and not (folder / checkpoint.LAST).exists():  # nothing has begun: correct the options and repeat
+        (folder / "begun.json").unlink()
     if status:
-        advice = "correct the options" if status == 2 else "the same command continues it"
-        print(f"{script} ended with status {status}: {advice}", file=sys.stderr)
+        advice = "" if status == 2 else "; the same command continues it"
+        print(f"{script} ended with status {status}{advice}", file=sys.stderr)
         raise SystemExit(status)
 
 
@@ -201,13 +203,24 @@ def numbers(path):
 
 def call(command):
     """Runs a command to its end and returns its exit status; signals that ask this process to stop are passed on."""
-    child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
+    asked, child = [], None
+
+    def pass_on(number, frame):
+        asked.append(number)
+        if child:
+            child.send_signal(number)
+
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, frame: child.send_signal(number)) for number in stop}
+    before = {number: signal.signal(number, pass_on) for number in stop}
+    child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
+    for number in [*asked]:
+        child.send_signal(number)
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    return status if status >= 0 else 128 - status  # below 0: a signal has ended it
+    if status < 0:  # a signal has ended it
+        return 128 - status
+    return status or (128 + asked[0] if asked else 0)  # it may have ended before it could stop
 
 
 def dataset(saved):

@@ -229,11 +229,11 @@ def compare_options(saved: dict, args: Namespace, path: str) -> None:
 def encoder_weights(saved: dict, path: str | Path) -> dict:
     """The encoder in a checkpoint, with torchvision's names; RunError: it contains no ResNet.
 
-    The encoder is the query encoder of this project's and MoCo's checkpoints (with --ema the average of its weights),
+    The encoder is the query encoder of this project's and MoCo's checkpoints,
     SupContrast's encoder (its `shortcut` is torchvision's `downsample`), or the whole network of a linear evaluation,
     torchvision or timm.
     """
-    weights = {name.removeprefix(PREFIX): v for name, v in (saved.get("average") or saved["state_dict"]).items()}
+    weights = {name.removeprefix(PREFIX): v for name, v in saved["state_dict"].items()}
     prefix = prefix_of_encoder(weights)
     weights = {
         n.removeprefix(prefix).replace("shortcut", "downsample"): v for n, v in weights.items() if n.startswith(prefix)

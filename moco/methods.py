@@ -26,7 +26,7 @@ class Method:
     MoCo's. views: per image. recipe: of each view, without --aug-plus and the like. learning_rate: at a time of the
     run, in epochs. labels: `forward` takes labels. labels_only: it needs a label for each image, and the model's own
     classifier is evaluated after each epoch. shuffle_keys: see batches.Batches. classifier: makes the function from
-    images to scores, from the model and its encoder; None without a classifier.
+    images to scores, from the model; None without a classifier.
     """
 
     model: type[nn.Module]
@@ -37,7 +37,7 @@ class Method:
     labels: bool = True
     labels_only: bool = False
     shuffle_keys: bool = False
-    classifier: Callable[[nn.Module, nn.Module], Scores] | None = None
+    classifier: Callable[[nn.Module], Scores] | None = None
     add_options: Callable[[Parser], None] | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
 
@@ -135,14 +135,14 @@ def build_classifier(model: type[CrossEntropy], base_encoder: Callable, args: Na
     return model(base_encoder, classes, bn_splits=args.bn_splits)
 
 
-def own_classifier(model: CrossEntropy, encoder: nn.Module) -> Scores:
+def own_classifier(model: CrossEntropy) -> Scores:
     """The encoder's last layer."""
-    return evaluate.frozen(encoder, keep_fc=True)
+    return evaluate.frozen(model.encoder_q, keep_fc=True)
 
 
-def by_prototypes(model: MoCoProto, encoder: nn.Module) -> Scores:
-    """Similarity of the encoder's feature to each prototype."""
-    features = evaluate.frozen(encoder, keep_fc=True)
+def by_prototypes(model: MoCoProto) -> Scores:
+    """Similarity of a query to each prototype."""
+    features = evaluate.frozen(model.encoder_q, keep_fc=True)
     return lambda images: model.scores(F.normalize(features(images), dim=1))
 
 

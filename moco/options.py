@@ -128,8 +128,6 @@ def pretrain_parser(
                    "crop")
     add("--nesterov", resumed=KEEP, action="store_true", help="Nesterov's momentum")
     add("--no-bias-decay", resumed=KEEP, action="store_true", help="no weight decay on biases and batch norm")
-    add("--ema", resumed=KEEP, type=fraction, metavar="DECAY",
-        help="also keep an average of the encoder's weights, with this decay per step, and evaluate that")
     add("--init", metavar="PATH",
         help="start the encoder from this file of MoCo, SupContrast, torchvision, timm (.pth, .safetensors) or this "
              "project")

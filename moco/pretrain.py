@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, options
 from moco.batches import Batches, Centres
@@ -84,7 +83,7 @@ def fit(
 ) -> None:
     """The training loop. `saved`: the checkpoint to resume, read from `path`, or None."""
     batches = make_batches(method, args, split, device)
-    model, average = make_model(method, args, device, saved, path)
+    model = make_model(method, args, device, saved, path)
     sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay, nesterov=args.nesterov, fused=True)
     optimizer = torch.optim.SGD(parameter_groups(model, args.no_bias_decay), args.lr, **sgd)
     steps = len(batches)
@@ -101,13 +100,11 @@ def fit(
 
     def save(epoch: int, within: dict | None = None) -> None:
         """Saves after `epoch` complete epochs; `within`: the state of the next one, see Run.state."""
-        average_statistics(model, average)
+        average_statistics(model)
         state = model.state_dict()
         checkpoint.check_finite(state, f"after {epoch} epochs and {run.step} steps")
         content = dict(epoch=epoch, arch=args.arch, state_dict=checkpoint.with_prefix(state))
         content |= dict(optimizer=optimizer.state_dict(), options=options.plain(args))
-        if average:
-            content["average"] = checkpoint.with_prefix(average.module.state_dict(prefix="encoder_q."))
         kept = not within and (epoch % args.save_freq == 0 or epoch == args.epochs)
         name = f"checkpoint_{epoch - 1:04d}.pth.tar" if kept else None
         run.save(content | (within or {}), name)
@@ -123,8 +120,6 @@ def fit(
                     loss = network(*method.inputs(views, labels, order))
                 loss.backward()
                 optimizer.step()
-                if average:
-                    average.update_parameters(model.encoder_q)
                 run.add(step, loss, model.health if model.measure_health else None)
                 # Nothing up to this line waits for the device.
                 if run.due(step):
@@ -135,7 +130,7 @@ def fit(
             row = run.summary()
             if method.labels_only or knn_is_due(args, epoch):
                 save(epoch, run.state(row))  # first, so that a failed evaluation loses no epoch
-                row |= measure(method, model, average, args, epoch, split, validation, device)
+                row |= measure(method, model, args, epoch, split, validation, device)
             run.log(row)
             describe(epoch, row, args)
             save(epoch + 1)  # after the log: a resumed run replaces the rows after its checkpoint
@@ -160,10 +155,8 @@ def make_batches(method: Method, args: Options, split: Split, device: torch.devi
     )
 
 
-def make_model(
-    method: Method, args: Options, device: torch.device, saved: dict | None, path: str | None
-) -> tuple[nn.Module, AveragedModel | None]:
-    """The model, new or from a checkpoint, and with --ema the average of its encoder's weights."""
+def make_model(method: Method, args: Options, device: torch.device, saved: dict | None, path: str | None) -> nn.Module:
+    """The model, new or from a checkpoint."""
     torch.manual_seed(args.seed)
     model = method.build(method.model, encoders.build(args.arch, args.stem), args, len(args.classes))
     if args.init and not saved:
@@ -171,19 +164,12 @@ def make_model(
         if hasattr(model, "encoder_k"):
             model.encoder_k.load_state_dict(model.encoder_q.state_dict())
     model = model.to(device, memory_format=torch.channels_last)
-    average = None
-    if args.ema is not None:
-        average = AveragedModel(model.encoder_q, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
     if saved:
         checkpoint.load_state(model, saved["state_dict"], path)
-        if average:
-            weights = {n.removeprefix("module.encoder_q."): v for n, v in saved["average"].items()}
-            checkpoint.load_state(average.module, weights, path)
-            average.n_averaged.fill_(1)
     if args.compile:
         for encoder in model.children():
             encoder.compile()
-    return model, average
+    return model
 
 
 def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
@@ -202,7 +188,6 @@ def knn_is_due(args: Options, epoch: int) -> bool:
 def measure(
     method: Method,
     model: nn.Module,
-    average: AveragedModel | None,
     args: Options,
     epoch: int,
     split: Split,
@@ -211,22 +196,20 @@ def measure(
 ) -> dict[str, float]:
     """The encoder's kNN accuracy, if due, and the accuracy of the model's own classifier, if it has one."""
     found = {}
-    encoder = average.module if average else model.encoder_q
     centre = augment.Centre(args.image_size, args.mean, args.std, crop=not args.aug_crop)
     if knn_is_due(args, epoch):
-        found["knn"] = evaluate.knn(encoder, split, validation, centre, args.batch_size, workers=args.workers)
+        found["knn"] = evaluate.knn(model.encoder_q, split, validation, centre, args.batch_size, workers=args.workers)
     if method.classifier:
         centre = replace(centre, crop=False) if method.labels_only else centre
         images = Centres(validation, centre, args.batch_size, device, args.workers)
-        scores = method.classifier(model, encoder)
+        scores = method.classifier(model)
         found["top1"], found["top5"] = evaluate.accuracy(scores, images, len(validation.classes))[:2]
     return found
 
 
-def average_statistics(*models: nn.Module | None) -> None:
+def average_statistics(model: nn.Module) -> None:
     """Averages batch norm's running statistics over the processes, as one process would have them."""
-    buffers = [named for model in models if model for named in model.named_buffers()]
-    running = [b for name, b in buffers if name.endswith(("running_mean", "running_var"))]
+    running = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     means = distributed.all_mean(torch.cat([b.flatten() for b in running])).split([b.numel() for b in running])
     torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
 

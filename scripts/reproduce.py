@@ -63,15 +63,21 @@ def parse():
     add("--small", action="store_true", help="resnet20, 60 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
-    add("--pretrain", type=shlex.split, default=[], metavar="OPTIONS", help="more options for pretraining, in quotes")
-    add("--linear", type=shlex.split, default=[], metavar="OPTIONS", help="the same for the linear evaluation")
+    add("--pretrain", default="", metavar="OPTIONS", help="more options for pretraining, in quotes")
+    add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     add("--weights", type=Path, metavar="DIR", help="also write weights there (--verify: read; default: pretrained)")
     add("--verify", action="store_true", help="evaluate each file of --weights against --results; no training")
     add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
     args = parser.parse_intermixed_args()
-    if {"-a", "--arch", "--epochs"} & {word.partition("=")[0] for word in args.pretrain}:
+    for name in ("pretrain", "linear"):
+        text = getattr(args, name)
+        try:
+            setattr(args, name, shlex.split(text))
+        except ValueError as error:
+            parser.error(f"--{name} {text}: {error}")
+    if {"-a", "--arch", "--epochs"} & {*last_of_each(args.pretrain)}:
         parser.error("-a and --epochs are options of this script: name them outside of --pretrain")
     args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
     others = [word for word in args.words if word not in ROWS]
@@ -213,14 +219,14 @@ def call(command):
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in stop}
     child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
-    for number in [*asked]:
+    for number in asked:
         child.send_signal(number)
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
     if status < 0:  # a signal has ended it
-        return 128 - status
-    return status or (128 + asked[0] if asked else 0)  # it may have ended before it could stop
+        asked.append(-status)
+    return status if status > 0 or not asked else 128 + asked[0]  # it may have ended before it could stop
 
 
 def dataset(saved):

@@ -144,7 +144,7 @@ def test_scripts(run, tmp_path):
     refused(run("scripts/reproduce.py", *row), 1, "cannot be made")
     for args in ("--arch resnet20", "--epochs=3", "-a resnet20"):
         refused(run("scripts/reproduce.py", *row, f"'--pretrain={args}'"), 2, "options of this script")
-    refused(run("scripts/reproduce.py", *row, '''"--pretrain=it's"'''), 2, "--pretrain", "it's")
+    refused(run("scripts/reproduce.py", *row, '''"--pretrain=it's"'''), 2, "--pretrain it's", "No closing quotation")
 
 
 def test_out_of_memory(run, tmp_path):

@@ -48,10 +48,8 @@ def test_rows_and_recipes(run):
         ("moco_suploss", "1000"),
     ]
     assert sum("--dataset cifar100" in line for line in lines) == 8
-    rows = results.ROWS.items()
-    files = {
-        (key.partition("-")[0], row.name) for key, row in rows
-    }  # weights and searches are named by this part of a key
+    # weights and searches are named by this part of a key
+    files = {(key.partition("-")[0], row.name) for key, row in results.ROWS.items()}
     assert len(files) == len({name for name, _ in files})
     for line in moco[:6] + moco[9:]:
         assert "-a resnet50 --lr 0.12 -b 256 --moco-k 4096 --mlp --moco-t 0.2 --aug-plus --cos" in line

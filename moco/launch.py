@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco import distributed
-from moco.errors import WORKER_DIED, RunError, UsageError, one_line, say
+from moco.errors import WORKER_DIED, RunError, UsageError, first_line, one_line, say
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIST_URL = "tcp://localhost:10001"
@@ -181,7 +181,7 @@ def join_group(device: torch.device, backend: str, world_size: int) -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise RunError(
             f"the {world_size} processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"(--dist-url) within {PATIENCE.total_seconds() / 60:g} minutes: {str(error).splitlines()[0]}"
+            f"(--dist-url) within {PATIENCE.total_seconds() / 60:g} minutes: {first_line(error)}"
         ) from None
 
 

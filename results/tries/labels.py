@@ -21,12 +21,11 @@ for split in ("train", "val"):
 
 draw = random.Random(0)
 for name in classes:
+    (out / "noisy" / "train" / name).mkdir(parents=True)
+for name in classes:
     files = sorted(os.listdir(data / "train" / name))
-    (out / "noisy" / "train" / name).mkdir(parents=True, exist_ok=True)
     wrong = set(draw.sample(files, len(files) * 2 // 5))
     for file in files:
         label = draw.choice([other for other in classes if other != name]) if file in wrong else name
-        folder = out / "noisy" / "train" / label
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}-{file}").symlink_to(data / "train" / name / file)
+        (out / "noisy" / "train" / label / f"{name}-{file}").symlink_to(data / "train" / name / file)
 (out / "noisy" / "val").symlink_to(data / "val")

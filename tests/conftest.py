@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 pytest.register_assert_rewrite("helpers")
-from helpers import ROOT, SIZES, TINY_FOLDER, photo, split  # noqa: E402
+from helpers import SIZES, TINY_FOLDER, photo  # noqa: E402
+from processes import ROOT, split  # noqa: E402
 
 # Tests also run scripts in processes of their own, and the programs in subprocesses/ import the helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -4,12 +4,7 @@ import argparse
 import csv
 import os
 import re
-import shlex
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +15,8 @@ from torchvision import models
 from moco import checkpoint, encoders, options, pretrain
 from moco.datasets import CIFAR10
 from moco.run import Run
+from processes import ROOT, split
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = CIFAR10
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
@@ -37,9 +32,6 @@ SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"
 PHOTOS = "-a resnet20 --image-size 16 -b 8 --epochs 2 --warm-up 0 --seed 0 -p 1"
 PHOTOS_MOCO = f"{PHOTOS} --moco-k 16 --moco-dim 16 --aug-plus"
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
-# Starts a script on two processes, on a free port.
-TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-TWO_PROCESSES += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 def images(count, height=32, width=32):
@@ -77,23 +69,6 @@ def no_space(file):
     raise OSError(28, "No space left on device")
 
 
-def split(args):
-    """Command-line arguments: strings are split as a shell does, other values become one argument each."""
-    return [piece for arg in args for piece in (shlex.split(arg) if isinstance(arg, str) else [str(arg)])]
-
-
-def start(script, *args, launcher=(sys.executable,), **options):
-    """Starts a script in a process of its own; its stdout has stderr, too. `args` as in the fixture `run`."""
-    command = [*launcher, str(ROOT / script), *split(args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def run_process(script, *args, launcher=TWO_PROCESSES):
-    """Runs a script to its end, by default on two processes; returns its returncode, stdout and stderr."""
-    command = [*launcher, str(ROOT / script), *split(args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280)
-
-
 def train(method, *args, device="cpu"):
     """Trains a method in this process, with a small queue if it has one; returns the loss of every step that it prints."""
     queue = ["--moco-k 72 --moco-dim 16 --mlp --aug-plus --moco-t 0.2"] if method.shuffle_keys else []
@@ -109,21 +84,6 @@ def train(method, *args, device="cpu"):
         patch.setattr(Run, "sync", recorded)
         pretrain.train(method, parsed, torch.device(device))
     return losses
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
-
-
-def until(run, prefix):
-    """Reads a run's output up to the first line with this prefix."""
-    lines = []
-    while not lines or not lines[-1].startswith(prefix):
-        lines.append(run.stdout.readline())
-        assert lines[-1], "the run has ended"
-    return "".join(lines)
 
 
 def photo(rng, size):

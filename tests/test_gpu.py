@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 
-from helpers import EVERY_SCRIPT, MEAN, ROOT, STD, TINY, TINY_MOCO, images, printed_losses, rows, split
+from helpers import EVERY_SCRIPT, MEAN, STD, TINY, TINY_MOCO, images, printed_losses, rows
 from moco import augment, encoders, pretrain
+from processes import ROOT, split
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and pytest tests/test_gpu.py")
 

@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 
-from helpers import SHORT, TINY, TINY_MOCO, free_port, refused, start
+from helpers import SHORT, TINY, TINY_MOCO, refused
 from moco import checkpoint
+from processes import free_port, start
 
 
 def test_resuming_on_other_data(run, folder, tmp_path):

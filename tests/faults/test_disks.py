@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from helpers import SHORT, TINY, TINY_MOCO, no_space, refused, start, until
+from helpers import SHORT, TINY, TINY_MOCO, no_space, refused
 from moco import checkpoint
+from processes import start, until
 
 
 def test_paths_that_cannot_be_written(run, tmp_path):

@@ -11,43 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from helpers import (
-    ROOT,
-    SHORT,
-    TINY,
-    TINY_MOCO,
-    TWO_PROCESSES,
-    error_line,
-    free_port,
-    refused,
-    start,
-    until,
-)
+from helpers import SHORT, TINY, TINY_MOCO, error_line, refused
 from moco import launch
+from processes import ROOT, TORCHRUN, free_port, run_processes, start, until
 
 
 def test_one_process_for_each_gpu(tmp_path):
     """MoCo's command: stopped by a signal to the process that starts the others, then evaluated."""
     several = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:{free_port()}"
-
-    def on_two_gpus(script, *args):
-        return start("tests/subprocesses/two_gpus.py", ROOT / script, *args, several, "--output-dir", tmp_path)
-
-    run = on_two_gpus("main_moco_out.py", TINY_MOCO, "--epochs 5000")
+    args = [TINY_MOCO, "--epochs 5000", several, "--output-dir", tmp_path]
+    run = start("tests/subprocesses/two_gpus.py", ROOT / "main_moco_out.py", *args)
     assert "on 2 processes" in until(run, "Epoch: [0]")
     run.send_signal(signal.SIGTERM)
     out = run.communicate(timeout=60)[0]
     assert run.returncode == 143 and out.count("stopped ") == 1 and "Traceback" not in out, out
-    linear = on_two_gpus("main_lincls.py", TINY, "--epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar")
-    out = linear.communicate(timeout=100)[0]
-    assert linear.returncode == 0 and out.count("result: ") == 1, out
+    args = [TINY, "--epochs 1 --output-dir", tmp_path, "--pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    linear = run_processes("main_lincls.py", *args)
+    assert linear.returncode == 0 and linear.out.count("result: ") == 1, linear.out
 
 
 def test_what_torchrun_does_with_signals(tmp_path):
     """torchrun forwards SIGTERM, so that the run saves, and exits with 1. SIGUSR1 ends only torchrun."""
     args = [TINY_MOCO, "--epochs 5000 --resume auto --output-dir", tmp_path]
     for number, status in ((signal.SIGTERM, 1), (signal.SIGUSR1, -signal.SIGUSR1)):
-        run = start("main_moco_out.py", *args, launcher=TWO_PROCESSES)
+        run = start("main_moco_out.py", *args, launcher=TORCHRUN)
         assert "on 2 processes" in until(run, "Epoch: [")
         processes = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
         run.send_signal(number)
@@ -92,29 +79,24 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
         assert "note: -b 4 is the global batch, over all 2 nodes" in outs[0]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_hanging_survivor_is_killed(victim):
+def test_a_hanging_survivor_is_killed():
     """With NCCL, a survivor can block in a collective and ignore SIGTERM: its launcher kills it."""
     started = time.monotonic()
-    run = start("tests/subprocesses/sleeper.py", free_port(), victim)
+    run = start("tests/subprocesses/sleeper.py", free_port())
     out = run.communicate(timeout=100)[0]
-    assert f"error: process {victim} of 2 was ended by SIGKILL" in out and f"(rank {victim} on " in out, out
+    assert "error: process 1 of 2 was ended by SIGKILL" in out and "(rank 1 on " in out, out
     survivor = int(out.split("survivor ")[1].split()[0])
     assert run.returncode == 1 and out.count("error: ") == 1 and not Path(f"/proc/{survivor}").exists(), out
     assert time.monotonic() - started < 60
 
 
-def test_each_node_prints_one_line(tmp_path):
-    """Two nodes with two processes each: all four fail with the same error."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
-    launcher += ["--master-addr=localhost", f"--master-port={free_port()}"]
-    args = [TINY_MOCO, "-b 30 --output-dir", tmp_path]
-    nodes = [start("main_moco.py", *args, launcher=[*launcher, f"--node-rank={node}"]) for node in (0, 1)]
-    for node, run in enumerate(nodes):
-        out = run.communicate(timeout=60)[0]
-        lines = [line for line in out.splitlines() if "main_moco.py: error: " in line]
-        assert len(lines) == 1 and "-b 30 cannot be shared equally by 4 processes" in lines[0], out
-        assert re.search(rf"\(rank [{2 * node}{2 * node + 1}] on ", lines[0]), lines
+def test_a_node_prints_one_line(tmp_path):
+    """Both of its processes fail, and torchrun ends the second before that prints the same error as the first."""
+    run = start("main_moco.py", TINY_MOCO, "-b 31 --output-dir", tmp_path, launcher=TORCHRUN)
+    out = run.communicate(timeout=60)[0]
+    lines = [line for line in out.splitlines() if "main_moco.py: error: " in line]
+    assert len(lines) == 1 and "-b 31 cannot be shared equally by 2 processes" in lines[0], out
+    assert re.search(r"\(rank [01] on ", lines[0]), lines
 
 
 SRUN_SCRIPT = """#!/bin/bash

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import PHOTOS_MOCO, SHORT, error_line, free_port, refused, start, until
+from helpers import PHOTOS_MOCO, SHORT, error_line, refused
 from moco import batches
+from processes import PYTHON, free_port, start, until
 
 
 def test_workers_end_with_a_run_that_fails(folder, tmp_path):
     """Workers ignore signals, also the SIGTERM that Python sends them at exit; the process must not wait for them."""
     large = folder("large", train=8, size=(120, 100))
     (large / "train/cat/5.png").write_bytes(b"GIF89a, perhaps")
-    failing = start("main_moco.py", SHORT, "-j 2 --output-dir", tmp_path, large)
+    failing = start("main_moco.py", SHORT, "-j 2 --output-dir", tmp_path, large, launcher=PYTHON)
     out = failing.communicate(timeout=60)[0]
     assert failing.returncode == 1 and "cat/5.png' cannot be read" in out, out
 

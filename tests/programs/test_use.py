@@ -16,8 +16,9 @@ from torchvision.transforms import functional as tv
 import extract
 import main_lincls
 import moco
-from helpers import ROOT, TINY_FOLDER, foreign, refused, start
+from helpers import TINY_FOLDER, foreign, refused
 from moco import augment, batches, checkpoint, datasets, encoders, evaluate, inference
+from processes import PYTHON, ROOT, start
 
 
 def test_features_are_those_of_the_linear_evaluation(trained):
@@ -132,7 +133,8 @@ def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     data = folder("odd", train=4, val=4, classes=(name, "dog"))
     places = ["--pretrained", str(trained[1]), "--output-dir", str(tmp_path), str(data)]
-    linear = start("main_lincls.py", "-b 4 --epochs 1", *places, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    linear = start("main_lincls.py", "-b 4 --epochs 1", *places, launcher=PYTHON, env=ascii_only)
     out = linear.communicate()[0]
     assert linear.returncode == 0 and "result: top1=" in out and "worst classes: " in out, out
     words = "-a resnet20 --image-size 12 -b 4 --epochs 1 --moco-k 16 --output-dir"

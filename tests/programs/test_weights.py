@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
 
 from helpers import refused
 from moco.run import read_log
+from processes import forking
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
 
 
 @pytest.fixture
-def measured(run, folder, tmp_path):
+def measured(run, folder, tmp_path, monkeypatch):
     """In and cross entropy for an epoch: the data, the weights, the results, and the words that name them."""
+    monkeypatch.setattr(subprocess, "Popen", forking(subprocess.Popen))
     data = folder(train=12, val=6)
     where = f"--runs {tmp_path}/runs --results {tmp_path}/files --weights {tmp_path}/pretrained"
     for key, more in (("in-200", "--moco-k 32"), ("ce", "")):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import PAGES, README, ROOT, foreign, python_blocks
+from helpers import PAGES, README, foreign, python_blocks
 from moco import encoders, methods, options
+from processes import ROOT
 
 
 def test_a_custom_training_loop(run, tmp_path, monkeypatch, capfd):

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from helpers import PHOTOS, PHOTOS_MOCO, losses, rows, run_process
+from helpers import PHOTOS, PHOTOS_MOCO, losses, rows
 from moco import batches, checkpoint, datasets
+from processes import run_processes
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ def test_losses_depend_on_neither_processes_nor_workers(run, photos, tmp_path):
         out = tmp_path / f"workers{workers}"
         assert run("main_moco_in.py", PHOTOS_MOCO, f"--bn-splits 2 -j {workers} --output-dir", out, data).status == 0
     assert losses(tmp_path / "workers0") == losses(tmp_path / "workers1") == losses(tmp_path / "workers2")
-    done = run_process("main_moco_in.py", PHOTOS_MOCO, "-j 2 --knn-freq 1 --output-dir", tmp_path / "two", data)
-    assert done.returncode == 0, done.stderr
+    done = run_processes("main_moco_in.py", PHOTOS_MOCO, "-j 2 --knn-freq 1 --output-dir", tmp_path / "two", data)
+    assert done.returncode == 0, done.out
     one, two = ([float(loss) for loss in losses(tmp_path / name)] for name in ("workers0", "two"))
     assert two == pytest.approx(one, rel=2e-4)
     assert all(0 <= float(row["knn"]) <= 100 for row in rows(tmp_path / "two/log.csv"))

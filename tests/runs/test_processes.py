@@ -2,42 +2,30 @@
 
 import json
 import re
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from helpers import README, TINY, TINY_MOCO, TWO_PROCESSES, python_blocks, refused, rows, run_process, start
+from helpers import README, TINY, TINY_MOCO, python_blocks, refused, rows
 from moco import checkpoint, methods
+from processes import free_port, run_processes, start
 
 OBJECTIVES = [method.model.__name__ for method in methods.ALL.values()]
+SOME = ["MoCoSupLoss", "SupContrast", "MoCoProto"]  # a queue, none, and parameters of its own
 
 
 def test_two_processes_are_one_with_two_splits_for_unlabelled_images(run, tmp_path):
     """SupContrast: an unlabelled image's only positive is its other view, which is on the same process."""
     args = [TINY, "--epochs 2 --lr 0.02 --labels-per-class 4 --output-dir"]
     assert run("main_supcon.py", *args, tmp_path / "one", "--bn-splits 2").status == 0
-    done = run_process("main_supcon.py", *args, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    done = run_processes("main_supcon.py", *args, tmp_path / "two")
+    assert done.returncode == 0, done.out
     one, two = rows(tmp_path / "one/log.csv"), rows(tmp_path / "two/log.csv")
     for column in ("loss", "positives"):
         assert [float(row[column]) for row in one] == pytest.approx([float(row[column]) for row in two], rel=1e-4), (
             column
         )
-
-
-def test_losses_do_not_depend_on_processes_or_nodes(tmp_path):
-    """Eight processes; four with two chunks each; two nodes with four chunks each; one process with eight chunks."""
-    done = run_process("tests/subprocesses/worlds.py", tmp_path, launcher=[sys.executable])
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    losses = {(world, method): values for world, method, values in lines}
-    worlds, methods = {world for world, _ in losses}, {method for _, method in losses}
-    assert len(worlds) == 4 and len(methods) == 6 and len(losses) == 24
-    for (world, method), values in losses.items():
-        assert len(values) == 3
-        assert values == pytest.approx(losses["single 1", method], rel=2e-4), (world, method)
 
 
 def test_the_example_does_not_depend_on_the_number_of_processes(tmp_path):
@@ -48,35 +36,46 @@ def test_the_example_does_not_depend_on_the_number_of_processes(tmp_path):
     script.write_text(example)
     args = [TINY, "--epochs 1 --moco-k 40 --moco-dim 8 --labels-per-class 8"]
     losses = []
-    for launcher, splits in (([sys.executable], 2), (TWO_PROCESSES, 1)):
+    for processes, splits in ((1, 2), (2, 1)):
         out = tmp_path / str(splits)
-        done = run_process(script, *args, f"--bn-splits {splits} --output-dir", out, launcher=launcher)
-        assert done.returncode == 0 and "QueueOnly" in done.stdout, done.stderr
+        done = run_processes(script, *args, f"--bn-splits {splits} --output-dir", out, processes=processes)
+        assert done.returncode == 0 and "QueueOnly" in done.out, done.out
         losses.append(float(rows(out / "log.csv")[-1]["loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def every_objective(tmp_path, *worlds):
-    """(losses of all steps, weights at the end) by objective, for each world: (processes, arguments after OUT)."""
-    runs = []
-    for number, (processes, *args) in enumerate(worlds):
-        launcher = TWO_PROCESSES if processes == 2 else [sys.executable]
-        runs.append(start("tests/subprocesses/every_objective.py", tmp_path / str(number), *args, launcher=launcher))
-    for run in runs:
+def every_objective(folder, processes, splits, *more, objectives=OBJECTIVES):
+    """(losses of all steps, weights at the end) by objective."""
+    program = ["tests/subprocesses/every_objective.py", folder, ",".join(objectives), splits, *more]
+    done = run_processes(*program, processes=processes)
+    assert done.returncode == 0, done.out
+    return found(folder, objectives)
+
+
+def found(folder, objectives):
+    losses = {name: json.loads((folder / name / "losses.json").read_text()) for name in objectives}
+    states = {name: checkpoint.load(folder / name / "checkpoint_last.pth.tar")["state_dict"] for name in objectives}
+    return losses, states
+
+
+def test_losses_do_not_depend_on_processes_or_nodes(tmp_path):
+    """Eight processes; four with two chunks each; two nodes with four chunks each; one process with eight chunks."""
+    worlds = [every_objective(tmp_path / str(p), p, 8 // p, objectives=SOME)[0] for p in (8, 4, 1)]
+    nodes = ["tests/subprocesses/every_objective.py", tmp_path / "nodes", ",".join(SOME), 4, "--world-size 2"]
+    nodes.append(f"--dist-url tcp://localhost:{free_port()} --rank")
+    for run in [start(*nodes, rank) for rank in (0, 1)]:
         out = run.communicate(timeout=280)[0]
         assert run.returncode == 0, out
-    found = []
-    for number in range(len(worlds)):
-        folders = {name: tmp_path / str(number) / name for name in OBJECTIVES}
-        losses = {name: json.loads((folder / "losses.json").read_text()) for name, folder in folders.items()}
-        states = {name: checkpoint.load(at / "checkpoint_last.pth.tar")["state_dict"] for name, at in folders.items()}
-        found.append((losses, states))
-    return found
+    worlds.append(found(tmp_path / "nodes", SOME)[0])
+    for name in SOME:
+        for losses in worlds:
+            assert len(losses[name]) == 10 and losses[name] == pytest.approx(worlds[0][name], rel=2e-4), name
 
 
 def test_two_processes_are_one_with_two_splits(tmp_path):
     """For every objective, with Shuffling BN, the losses of all steps agree, and so do weights and running statistics."""
-    (losses, states), (one_losses, one_states) = every_objective(tmp_path, (2, 1), (1, 2))
+    losses, states = every_objective(tmp_path / "two", 2, 1)
+    one_losses, one_states = every_objective(tmp_path / "one", 1, 2)
     for name in OBJECTIVES:
         assert len(losses[name]) == 10
         assert losses[name] == pytest.approx(one_losses[name], rel=2e-4), name
@@ -89,8 +88,9 @@ def test_two_processes_are_one_with_two_splits(tmp_path):
 
 def test_two_compiled_processes_with_two_splits(tmp_path):
     """Compiling must not make the key encoder's parameters require gradients: DistributedDataParallel would fail in step 2."""
-    (losses, _), (one_losses, _) = every_objective(tmp_path, (2, 2, "--compile"), (1, 4, "--no-compile"))
-    for name in OBJECTIVES:
+    losses, _ = every_objective(tmp_path / "two", 2, 2, "--compile", objectives=SOME)
+    one_losses, _ = every_objective(tmp_path / "one", 1, 4, "--no-compile", objectives=SOME)
+    for name in SOME:
         assert len(losses[name]) == 10
         assert losses[name] == pytest.approx(one_losses[name], rel=2e-4), name
 
@@ -113,9 +113,9 @@ def test_no_image_crosses_processes(method, features, width, files, folder, tmp_
         with Image.open(data / "train/cat/0.png") as image:
             image.resize((13, 14)).save(data / "train/cat/0.png")  # images of several sizes stay in their files
         args = ["--dataset imagefolder --per-class 80", data]
-    done = run_process("tests/subprocesses/count_traffic.py", tmp_path, method, *args)
-    assert done.returncode == 0, done.stderr
-    sent = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("sent")]
+    done = run_processes("tests/subprocesses/count_traffic.py", tmp_path, method, *args)
+    assert done.returncode == 0, done.out
+    sent = [line.split()[1:] for line in done.out.splitlines() if line.startswith("sent")]
     sent = [(what, int(size), int(step), int(missing)) for what, size, step, missing in sent]
     saved = checkpoint.load(tmp_path / "checkpoint_last.pth.tar")
     gradients = 4 * sum(s["momentum_buffer"].numel() for s in saved["optimizer"]["state"].values())
@@ -140,8 +140,8 @@ def test_resuming_on_another_number_of_processes(run, tmp_path):
     args = [TINY_MOCO, "--epochs 2 --output-dir"]
     refused(run("main_moco_out.py", *args, tmp_path, "--resume auto --bn-splits 2"), 2, "--bn-splits")
     resume = ["--resume", tmp_path / "checkpoint_last.pth.tar"]
-    done = run_process("main_moco_out.py", *args, tmp_path / "two", "--bn-splits 2", *resume)
-    assert done.returncode == 0, done.stderr
+    done = run_processes("main_moco_out.py", *args, tmp_path / "two", "--bn-splits 2", *resume)
+    assert done.returncode == 0, done.out
     one = run("main_moco_out.py", *args, tmp_path, "--resume auto --bn-splits 4")
     assert one.status == 0, one.err
     losses = [float(rows(folder / "log.csv")[-1]["loss"]) for folder in (tmp_path, tmp_path / "two")]

@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 
-from helpers import PAGES, README, ROOT
+from helpers import PAGES, README
+from processes import ROOT
 
 BLOCKS = [
     block.replace("\\\n", " ")

@@ -1,17 +1,16 @@
-"""Trains every objective for two short epochs and saves the loss of each step. Used by test_processes.
+"""Trains objectives for two short epochs each and saves the loss of each step: OUT OBJECTIVES BN_SPLITS [OPTION...].
 
-OUT BN_SPLITS [--compile | --no-compile]: with a third argument, a small network that compiles in seconds.
+With --compile or --no-compile the network is a small one that compiles in seconds. Used by test_processes.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import nn
 
 from helpers import TINY, train
-from moco import distributed, encoders, methods
+from moco import distributed, encoders, launch, methods
 
 
 class Small(nn.Module):
@@ -25,16 +24,24 @@ class Small(nn.Module):
         return self.fc(self.bn1(self.conv1(x)).relu().mean((2, 3)))
 
 
-out, splits, more = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+def train_all(device):
+    objectives = {method.model.__name__: method for method in methods.ALL.values()}
+    for name in args.objectives.split(","):
+        folder = args.out / name
+        options = [TINY, f"--epochs 2 --warm-up 1 --bn-splits {args.splits} --lr 0.02", *more, "--output-dir", folder]
+        losses = train(objectives[name], *options, device=device)
+        if distributed.rank() == 0:
+            (folder / "losses.json").write_text(json.dumps(losses))
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("out", type=Path)
+parser.add_argument("objectives")
+parser.add_argument("splits", type=int)
+nodes = parser.add_argument_group()
+for name, kind in (("world-size", int), ("rank", int), ("dist-url", str)):
+    nodes.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+args, more = parser.parse_known_args()
 if more:
     encoders.build = lambda arch, stem: Small
-if dist.is_torchelastic_launched():
-    dist.init_process_group("gloo")
-for method in methods.ALL.values():
-    folder = out / method.model.__name__
-    args = [TINY, f"--epochs 2 --warm-up 1 --bn-splits {splits} --lr 0.02", *more, "--output-dir", folder]
-    losses = train(method, *args)
-    if distributed.rank() == 0:
-        (folder / "losses.json").write_text(json.dumps(losses))
-if dist.is_initialized():
-    dist.destroy_process_group()
+launch.launch(train_all, **{name: vars(args)[name] for name in ("world_size", "rank", "dist_url") if name in args})

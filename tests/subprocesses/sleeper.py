@@ -1,4 +1,4 @@
-"""Starts two processes and kills one; the other ignores SIGTERM and sleeps: PORT VICTIM. Used by test_launch."""
+"""Starts two processes and kills the second; the first ignores SIGTERM and sleeps: PORT. Used by test_launch."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from moco import distributed, launch
 
 def worker(device):
     distributed.barrier()
-    if distributed.rank() == int(sys.argv[2]):
+    if distributed.rank() == 1:
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import ROOT
 from moco import encoders, methods, options, pretrain
 from moco.builder import UNLABELLED, MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
+from processes import ROOT
 
 VARIANTS = [MoCo, MoCoIn, MoCoOut, MoCoSupLoss]
 

@@ -8,9 +8,10 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 
-from helpers import ROOT, TINY
+from helpers import TINY
 from moco import distributed, launch
 from moco.errors import UsageError
+from processes import ROOT
 
 NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
 TORCHRUN = NODE | dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1")

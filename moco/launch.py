@@ -154,6 +154,8 @@ def run(index: int, worker: Callable, processes: list[dict], backend: str | None
         try:
             worker(device)
         except SystemExit:  # all processes have agreed to leave
+            if world_size > 1:  # once one has left, srun --kill-on-bad-exit sends the others SIGTERM: keep our status
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             leave_group()
             raise
         leave_group()

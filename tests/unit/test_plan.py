@@ -1,6 +1,7 @@
 """The processes that a launch starts, and their devices."""
 
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -116,6 +117,24 @@ def test_the_worker_of_every_script_can_be_pickled(script, run, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
     args = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
     assert run(script, TINY, args).status == 0 and pickles
+
+
+def test_a_process_that_leaves_ignores_sigterm(monkeypatch):
+    """srun --kill-on-bad-exit sends it to the others as soon as one has left; the status must stay that of the signal."""
+    process = dict(zip(launch.VARIABLES, ("0", "2", "0", "2", "localhost", "1"), strict=True))
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    for name in ("nodes", "processes_on_node", "local_rank"):
+        monkeypatch.setattr(distributed, name, getattr(distributed, name))
+    found = []
+    monkeypatch.setattr(launch, "join_group", lambda *args: None)
+    monkeypatch.setattr(launch, "leave_group", lambda: found.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="138"):
+            launch.run(0, lambda device: sys.exit(138), [process], None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [signal.SIG_IGN]
 
 
 def test_the_out_of_memory_error_names_options_to_reduce():

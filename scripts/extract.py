@@ -70,7 +70,7 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         if args.split:
             raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")
         skipped = Counter()
-        found = datasets.images_below(args.data, skipped)
+        found = datasets.images_below(os.path.join(args.data, ""), skipped)  # links out of it are followed
         datasets.announce(skipped, args.data)
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
@@ -91,13 +91,14 @@ def extract(args, split: datasets.Split, paths: list[str], device: torch.device)
     encoder, centre, _ = inference.load(args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)
-    with writing(args.out) as tmp, tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
-        raw = Path(folder, "features")  # on disk: there may be more of them than fit into memory
-        with open(raw, "wb") as file, torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
+    # Features go to a file without a name: there may be more of them than fit into memory.
+    with writing(args.out) as tmp, tempfile.TemporaryFile(dir=args.out.parent) as raw:
+        with torch.no_grad(), tqdm(total=len(split), unit="image", disable=None) as bar:
             for batch, _ in Centres(split, centre, args.batch_size, device, args.workers):
                 found = encoder(batch).float().cpu().numpy()
-                file.write(np.ascontiguousarray(found))  # not into a map: on a full disk that ends the process
+                raw.write(np.ascontiguousarray(found))  # not into a map: on a full disk that ends the process
                 bar.update(len(found))
+        raw.flush()
         features = np.memmap(raw, np.float32, "r").reshape(len(split), -1)
         with open(tmp, "wb") as file:
             np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))

@@ -35,7 +35,8 @@ def main():
 def draw(run, folder, out):
     points, labels, classes = embedding(run, folder)
     log, linear = read_log(run / "log.csv"), read_log(run / "linear.csv")
-    confusion = checkpoint.load(run / LINEAR).get("confusion") if (run / LINEAR).is_file() else None
+    classifier = checkpoint.load(run / LINEAR) if (run / LINEAR).is_file() else {}
+    confusion = classifier.get("confusion")
     panels = [["loss", "map"], ["linear", "map"]] if linear else [["loss", "map"]]
     if confusion is not None:
         panels = [[*row, "confusion"] for row in panels]
@@ -49,7 +50,7 @@ def draw(run, folder, out):
         axes["map"].legend(markerscale=2, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes["map"].set_title("validation images: t-SNE of the frozen features")
     if confusion is not None:
-        matrix(axes["confusion"], confusion, classes)
+        matrix(axes["confusion"], confusion, drawable(classifier["options"].get("classes", classes)))
     with writing(out) as tmp:
         figure.savefig(tmp, dpi=110, format=out.suffix[1:].lower())
 
@@ -91,8 +92,12 @@ def embedding(run, folder=None, most=2000):
         chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
         features, labels = features[chosen], labels[chosen]
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
-    names = [os.fsencode(name).decode(errors="replace") for name in split.classes]  # as matplotlib can draw them
-    return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), names
+    return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), drawable(split.classes)
+
+
+def drawable(names):
+    """Names as matplotlib can draw them: undecodable bytes are replaced."""
+    return [os.fsencode(name).decode(errors="replace") for name in names]
 
 
 def scatter(axes, points, labels, classes):

@@ -129,6 +129,13 @@ def test_the_worst_classes_and_the_picture(run, trained, tmp_path):
     assert done.status == 0 and Image.open(tmp_path / "picture.png").width > 1500, done.err
 
 
+def test_a_picture_of_a_classifier_of_other_classes(run, trained, tmp_path):
+    args = ["--dataset digits --per-class 2 -b 8 --epochs 1 --pretrained", trained[1], "--output-dir", tmp_path]
+    assert run("main_lincls.py", *args).status == 0
+    done = run("scripts/picture.py", tmp_path)
+    assert done.status == 0, done.err
+
+
 def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     data = folder("odd", train=4, val=4, classes=(name, "dog"))
@@ -196,14 +203,18 @@ def test_a_plain_folder_with_a_subfolder_train(run, trained, tmp_path):
     for name in ("train/1.png", "car/2.png", "3.png"):
         (tmp_path / "photos" / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / "photos" / name)
+    (tmp_path / "album").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "album/4.png")
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "album")
     words = ["scripts/extract.py", last, tmp_path / "photos", "--out", tmp_path / "photos.npz"]
     done = run(*words)
-    assert done.status == 0 and set(np.load(words[-1])["paths"]) == {"train/1.png", "car/2.png", "3.png"}, done.err
+    names = {"train/1.png", "car/2.png", "3.png", "linked/4.png"}
+    assert done.status == 0 and set(np.load(words[-1])["paths"]) == names, done.err
     (tmp_path / "photos/train/red").mkdir()
     (tmp_path / "photos/train/1.png").rename(tmp_path / "photos/train/red/1.png")
     refused(run(*words, "--force"), 2, "neither val/ nor test/")
     assert run(*words, "--force --dataset folder").status == 0
-    assert set(np.load(words[-1])["paths"]) == {"train/red/1.png", "car/2.png", "3.png"}
+    assert set(np.load(words[-1])["paths"]) == names - {"train/1.png"} | {"train/red/1.png"}
 
 
 def test_deep_images_are_refused_by_preprocess(trained):

@@ -151,6 +151,8 @@ def begin(folder, lines):
     if not path.is_file():
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
+    if lines[:1] == begun.get("commands", [])[:1] and not (folder / LINEAR).exists():
+        begun["commands"] = lines  # the linear evaluation has not begun: its options may be corrected
     if lines != begun.get("commands"):
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
     return begun
@@ -212,12 +214,14 @@ def call(command):
     asked, child = [], None
 
     def pass_on(number, frame):
+        number = signal.SIGTERM if number == signal.SIGHUP else number  # which the script does not handle
         asked.append(number)
         if child:
             child.send_signal(number)
 
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in stop}
+    heeded = [number for number in stop if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in heeded}
     child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
     for number in asked:
         child.send_signal(number)

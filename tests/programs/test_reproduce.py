@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -133,8 +134,26 @@ def test_a_run_is_resumed_with_the_commands_that_it_was_started_with(tmp_path):
     for _ in range(2):
         begun = reproduce.begin(tmp_path, ["python a", "python b"])
         assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
+    assert reproduce.begin(tmp_path, ["python a", "python c"])["commands"][1] == "python c"  # it has not begun
     with pytest.raises(UsageError, match="begun with other options"):
-        reproduce.begin(tmp_path, ["python b"])
+        reproduce.begin(tmp_path, ["python c", "python b"])
+    (tmp_path / checkpoint.LINEAR).touch()
+    with pytest.raises(UsageError, match="begun with other options"):
+        reproduce.begin(tmp_path, ["python a", "python c"])
+
+
+def test_a_hangup_is_ignored_under_nohup_and_else_saves():
+    import reproduce
+
+    for disposition, program, status in (
+        (signal.SIG_IGN, "import signal, sys; sys.exit(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)", 1),
+        (signal.SIG_DFL, "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(60)", 143),
+    ):
+        before = signal.signal(signal.SIGHUP, disposition)
+        try:
+            assert reproduce.call([sys.executable, "-c", program]) == status
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 def test_the_bench_measures_the_loop(run, tmp_path):

@@ -285,7 +285,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
 
 @contextmanager
 def lock(folder: str | Path, name: str) -> Iterator[None]:
-    """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints. Only rank 0 has the lock.
+    """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints. Rank 0 has the lock, the others wait for it.
 
     The kernel releases it when that process ends, however it ends; child processes do not inherit it.
 
@@ -293,6 +293,7 @@ def lock(folder: str | Path, name: str) -> Iterator[None]:
         RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
     """
     if distributed.rank() != 0:
+        distributed.barrier()
         yield
         return
     path = Path(folder, f"{name}.lock")
@@ -305,6 +306,7 @@ def lock(folder: str | Path, name: str) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise RunError(f"'{error.filename or path}' cannot be written: {error.strerror}") from None
+        distributed.barrier()
         yield
 
 

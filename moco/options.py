@@ -2,10 +2,14 @@
 
 import argparse
 import math
+import os
+import shutil
 import sys
+import sysconfig
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -139,7 +143,7 @@ def pretrain_parser(
 
 def linear_parser(description: str) -> Parser:
     """Options of main_lincls.py."""
-    early = Parser("", add_help=False, allow_abbrev=False)  # --help shows the defaults of the recipe
+    early = Parser("", add_help=False)  # --help shows the defaults of the recipe
     early.add_argument("--recipe", choices=LINEAR_RECIPES, default="moco")
     recipe = LINEAR_RECIPES[early.parse_known_args()[0].recipe]
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
@@ -211,7 +215,8 @@ def base_parser(description: str, epochs: int, lr: float, weight_decay: float, s
     add("--precision", resumed=TELL, choices=("bf16", "fp32"),
         help="precision of the encoders (default: bf16 on GPUs that have it, else fp32); evaluation is in float32")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more)")
+        help="torch.compile the encoders and the views (default: on GPUs, in runs of 15,000 steps or more, with "
+             "a C compiler)")
     return parser
 
 
@@ -243,6 +248,8 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
         raise UsageError(
             f"--start-epoch {args.start_epoch} is beyond the last of --epochs {args.epochs} (epochs count from 0)"
         )
+    if args.nesterov and not args.momentum:
+        raise UsageError("--nesterov needs a --momentum above 0")
     args.seed = shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
     return args
 
@@ -254,7 +261,8 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
         raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
     known = checkpoint.described(saved, weights, source, args.arch)
     args = Namespace(**vars(args) | {name: value for name, value in known.items() if not getattr(args, name)})
-    if theirs.get("aug_crop"):
+    args.aug_crop = bool(theirs.get("aug_crop"))  # in the checkpoints of the linear evaluation, too, for resuming
+    if args.aug_crop:
         args.train_views, args.centre_crop = augment.PADDED, False
     if args.dataset == "auto":
         possible = ["digits"] if args.data is None else datasets.candidates(args.data)
@@ -290,10 +298,18 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
 def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
     """The final options, with what depends on the training images. `steps`: per epoch.
 
-    By default runs of 15,000 steps or more on a GPU are compiled: that takes a minute or two, and pays off there.
+    By default runs of 15,000 steps or more on a GPU are compiled, if they can be: that takes a minute or two, and pays
+    off there.
     """
-    compiled = device.type == "cuda" and steps * args.epochs >= 15_000 if args.compile is None else args.compile
+    worth = device.type == "cuda" and steps * args.epochs >= 15_000 and can_compile()
+    compiled = worth if args.compile is None else args.compile
     return Options(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
+
+
+def can_compile() -> bool:
+    """Are there a C compiler and Python's headers? Triton needs them, and images with only CUDA's runtime have neither."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def shared_seed(seed: int | None, device: torch.device) -> int:

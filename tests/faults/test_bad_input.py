@@ -44,6 +44,7 @@ from moco import datasets
         ("-b 4 --bn-splits 4", "2 images"),
         ("-b 2000", "fewer than one batch (-b 2000)"),
         ("--world-size 2 --rank 2", "--rank 2"),
+        ("--nesterov --momentum 0", "--nesterov"),
         ("--gpu 77", "--gpu 77"),
         ("--resume nowhere.pth.tar", "'nowhere.pth.tar' does not exist"),
         ("--start-epoch 9", "--start-epoch 9"),

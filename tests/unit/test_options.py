@@ -67,3 +67,19 @@ def test_linear_evaluation_of_an_imagenet_checkpoint_without_options():
     assert (args.stem, args.image_size, (tuple(args.mean), tuple(args.std))) == ("imagenet", 224, datasets.IMAGENET)
     args = resolved("--mean", "0.1", "0.2", "0.3", std=[1, 1, 1])
     assert (args.mean, args.std) == ([0.1, 0.2, 0.3], [1, 1, 1])
+
+
+def test_long_runs_on_a_gpu_are_compiled_if_there_is_a_compiler(monkeypatch, tmp_path):
+    split = datasets.Split(torch.zeros(4).long(), ["cat", "dog"])
+    args = Namespace(epochs=100, compile=None)
+
+    def compiled(steps):
+        return options.complete(args, split, steps, torch.device("cuda")).compile
+
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(options.sysconfig, "get_path", lambda name: tmp_path)
+    assert compiled(150) and not compiled(149)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not compiled(150)

@@ -55,7 +55,10 @@ def prepare(args: Namespace, device: torch.device) -> None:
         checkpoint.compare_classes(saved["options"].get("classes"), validation.classes, source)
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))
     checkpoint.load_encoder(encoder, weights, source, classifier=args.resume is not None)
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder.to(device)
+    for tensor in encoder.state_dict().values():  # a pretraining run may have replaced the file between two reads
+        distributed.broadcast(tensor)
+    encoder.to(memory_format=torch.channels_last)
     backbone = evaluate.frozen(encoder)
     centre = augment.Centre(args.image_size, args.mean, args.std, args.centre_crop)
     images = Centres(validation, centre, args.batch_size, device, args.workers)
@@ -77,6 +80,8 @@ def prepare(args: Namespace, device: torch.device) -> None:
     split = load(True, per_class=args.per_class)
     if len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
+    if args.aug_crop and not split.of_side(args.image_size):
+        raise UsageError(f"'{source}' has the views of --aug-crop, for images of {args.image_size} pixels only")
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args = options.complete(args, split, -(-len(split) // args.batch_size), device)
@@ -113,7 +118,9 @@ def read(args: Namespace) -> tuple[str, dict, dict[str, Tensor]]:
 def check_source(weights: dict[str, Tensor], pretrained: dict[str, Tensor], args: Namespace) -> None:
     """UsageError: the classifier to resume was trained on another encoder than --pretrained."""
     for name, value in weights.items():
-        if not name.startswith("fc.") and not (name in pretrained and torch.equal(value, pretrained[name])):
+        if name.startswith("fc.") or (name.endswith(checkpoint.COUNTER) and name not in pretrained):  # in old files
+            continue
+        if name not in pretrained or not torch.equal(value, pretrained[name]):
             raise UsageError(
                 f"the classifier in '{args.resume}' was trained on another encoder than '{args.pretrained}' ({name} "
                 "differs): choose another --output-dir, or omit --resume"
@@ -193,6 +200,8 @@ def train(
                         run.exit_saved()
             row = run.summary()
             save(epoch, run.state(row))  # before the evaluation, so that a failure there loses no epoch
+            if run.stopping:
+                run.exit_saved()
             top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:

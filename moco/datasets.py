@@ -54,6 +54,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def of_side(self, side: int) -> bool:
+        """Are the images in memory, and `side` pixels high and wide?"""
+        return self.images is not None and set(self.images.shape[2:]) == {side}
+
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
         """(n,) int64: the rows that a slice selects within each class, sorted. Unlabelled images are left out."""
         each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]

@@ -63,7 +63,7 @@ def prepare(
     split = load(True, per_class=args.per_class, labels_per_class=args.labels_per_class, unlabelled=True)
     if method.labels and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
-    if args.aug_crop and (split.images is None or set(split.images.shape[2:]) != {args.image_size}):
+    if args.aug_crop and not split.of_side(args.image_size):
         raise UsageError(f"--aug-crop is for images of --image-size {args.image_size} only: choose other views")
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
@@ -130,6 +130,8 @@ def fit(
             row = run.summary()
             if method.labels_only or knn_is_due(args, epoch):
                 save(epoch, run.state(row))  # first, so that a failed evaluation loses no epoch
+                if run.stopping:
+                    run.exit_saved()
                 row |= measure(method, model, args, epoch, split, validation, device)
             run.log(row)
             describe(epoch, row, args)

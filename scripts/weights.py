@@ -22,12 +22,13 @@ def write(run: Path, result: dict, path: Path) -> dict:
     """
     pretraining, saved = checkpoint.load(run / checkpoint.LAST), checkpoint.load(run / LINEAR)
     kept = {name: pretraining["options"][name] for name in KEPT}
+    kept |= {name: saved["options"].get(name) for name in ("centre_crop", "aug_crop")}
     content = {
         "epoch": saved["epoch"],
         "arch": saved["arch"],
         "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved, run)),
         "best": {"top1": result["top1"], "top5": result["top5"], "epoch": saved["epoch"] - 1},
-        "options": kept | {"centre_crop": saved["options"]["centre_crop"]},
+        "options": kept,
     }
     checkpoint.save(path, content)
     return {"file": f"{path.parent.name}/{path.name}", "sha256": sha256(path)}

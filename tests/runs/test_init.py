@@ -63,6 +63,15 @@ def test_weights_of_other_projects(kind, run, tmp_path):
                 assert torch.equal(saved["state_dict"][prefix + name], value), name
 
 
+def test_linear_evaluation_of_old_weights_resumes(run, tmp_path):
+    """They have no counters of batches, and the checkpoint of the classifier has."""
+    path, _ = foreign(tmp_path, "old torchvision")
+    args = ["--dataset digits --image-size 8 --per-class 2 -b 16 --pretrained", path, "--output-dir", tmp_path]
+    assert run("main_lincls.py", *args, "--epochs 1").status == 0
+    done = run("main_lincls.py", *args, "--epochs 2 --resume auto")
+    assert done.status == 0 and "continuing at epoch 1" in done.out, done.err
+
+
 def test_init_and_its_limits(run, tmp_path):
     """--init with other layers, in a resumed run, from a run of another script, and with weights that do not fit."""
     path, _ = foreign(tmp_path, "torchvision")

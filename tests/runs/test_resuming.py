@@ -151,8 +151,10 @@ def test_linear_evaluation_resumes(run, tmp_path):
     refused(run("main_lincls.py", *resume), 2, "another encoder")
 
 
-def test_linear_evaluation_stops_and_resumes_within_an_epoch(run, tmp_path, monkeypatch):
-    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+@pytest.mark.parametrize("views", ["--aug-plus", "--aug-crop"])
+def test_linear_evaluation_stops_and_resumes_within_an_epoch(views, run, tmp_path, monkeypatch):
+    """Its own views and the crop of its validation images follow from those of pretraining."""
+    run("main_moco.py", TINY_MOCO.replace("--aug-plus", views), "--epochs 1 --output-dir", tmp_path)
     args = [TINY, "--lr 1 --epochs 2 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
     assert run("main_lincls.py", *args, tmp_path / "whole").status == 0
     interrupt(monkeypatch, 2)
@@ -161,7 +163,7 @@ def test_linear_evaluation_stops_and_resumes_within_an_epoch(run, tmp_path, monk
     done = run("main_lincls.py", *args, tmp_path / "parts", "--resume auto")
     assert done.status == 0, done.err
     assert_equal_classifiers(tmp_path / "whole", tmp_path / "parts")
-    whole, parts = (columns(tmp_path / part / "linear.csv", "loss") for part in ("whole", "parts"))
+    whole, parts = (columns(tmp_path / part / "linear.csv", "loss", "top1") for part in ("whole", "parts"))
     assert whole == parts and len(whole) == 2
 
 
@@ -175,6 +177,17 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(number, status, r
     assert checkpoint.load(tmp_path / "parts" / "checkpoint_last.pth.tar")["step"] == 4
     done = run("main_moco_out.py", *args, tmp_path / "parts", "--resume auto")
     assert done.status == 0, done.err
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_in_the_last_step_comes_before_the_evaluation(run, tmp_path, monkeypatch):
+    args = [TINY_MOCO, "--epochs 2 --knn-freq 1 --output-dir"]
+    run("main_moco_out.py", *args, tmp_path / "whole")
+    interrupt(monkeypatch, 4)
+    assert run("main_moco_out.py", *args, tmp_path / "parts").status == 143
+    assert checkpoint.load(tmp_path / "parts/checkpoint_last.pth.tar")["step"] == 5
+    assert not (tmp_path / "parts/log.csv").exists()
+    assert run("main_moco_out.py", *args, tmp_path / "parts", "--resume auto").status == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -52,7 +52,7 @@ def test_pretrain_then_linear_evaluation(script, run, tmp_path):
 
 
 def test_help_shows_the_defaults_of_a_recipe(run):
-    for args, default in (("--recipe supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
+    for args, default in (("--rec supcon", "(default: 5.0)"), ("", "(default: 30.0)")):
         assert f"never rescaled with the batch {default}" in " ".join(run("main_lincls.py", args, "--help").out.split())
 
 

@@ -130,7 +130,10 @@ def reproduce(key, args, seed):
         raise RunError(f"'{error.filename}' cannot be made: {error.strerror}") from None
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     begun = begin(folder, lines)
+    file = args.weights and seed == args.seeds[0] and args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
     path = args.results / f"{key}-{begun['hardware']['name']}-{name}.json"
+    if file:
+        weights.refuse_another_rows(file, args.results, path)
     train(folder, lines[0], begun)
     if not (folder / LINEAR).exists():  # a run that is cut short from here on has a file, too
         results.write_json(path, collect(folder, key, begun, seed))
@@ -139,8 +142,8 @@ def reproduce(key, args, seed):
     x, y = points.T.astype(float).round(1).tolist()
     result = collect(folder, key, begun, seed)
     result["embedding"] = {"x": x, "y": y, "label": labels.tolist(), "classes": classes}
-    if args.weights and seed == args.seeds[0]:
-        result["weights"] = weights.write(folder, result, args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar")
+    if file:
+        result["weights"] = weights.write(folder, result, file)
     results.write_json(path, result)
     say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result.get('knn')}")
 
@@ -151,9 +154,11 @@ def begin(folder, lines):
     if not path.is_file():
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
-    if lines[:1] == begun.get("commands", [])[:1] and not (folder / LINEAR).exists():
-        begun["commands"] = lines  # the linear evaluation has not begun: its options may be corrected
-    if lines != begun.get("commands"):
+    old = begun.get("commands", [])
+    if lines != old and lines[:1] == old[:1] and not (folder / LINEAR).exists():
+        say(f"note: the linear evaluation has not begun; it was to be: {'; '.join(old[1:])}")
+        begun["commands"] = lines
+    elif lines != old:
         raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
     return begun
 
@@ -214,14 +219,15 @@ def call(command):
     asked, child = [], None
 
     def pass_on(number, frame):
-        number = signal.SIGTERM if number == signal.SIGHUP else number  # which the script does not handle
+        number = signal.SIGTERM if number == signal.SIGHUP else number  # the script does not handle SIGHUP
         asked.append(number)
         if child:
             child.send_signal(number)
 
-    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    heeded = [number for number in stop if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, pass_on) for number in heeded}
+    stop = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+        stop.remove(signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in stop}
     child = subprocess.Popen(command, start_new_session=True)  # a terminal's Ctrl-C comes through here, once
     for number in asked:
         child.send_signal(number)

@@ -22,7 +22,7 @@ def write(run: Path, result: dict, path: Path) -> dict:
     """
     pretraining, saved = checkpoint.load(run / checkpoint.LAST), checkpoint.load(run / LINEAR)
     kept = {name: pretraining["options"][name] for name in KEPT}
-    kept |= {name: saved["options"].get(name) for name in ("centre_crop", "aug_crop")}
+    kept |= {name: saved["options"][name] for name in ("centre_crop", "aug_crop") if name in saved["options"]}
     content = {
         "epoch": saved["epoch"],
         "arch": saved["arch"],
@@ -32,6 +32,13 @@ def write(run: Path, result: dict, path: Path) -> dict:
     }
     checkpoint.save(path, content)
     return {"file": f"{path.parent.name}/{path.name}", "sha256": sha256(path)}
+
+
+def refuse_another_rows(file: Path, files: Path, own: Path) -> None:
+    """UsageError: a result in `files` other than `own` names this file of weights, which would be overwritten."""
+    for path in files.glob("*.json"):
+        if path != own and results.read_json(path).get("weights", {}).get("file") == f"{file.parent.name}/{file.name}":
+            raise UsageError(f"'{file}' has the weights of '{path}': choose another --weights")
 
 
 def sha256(path: Path) -> str:

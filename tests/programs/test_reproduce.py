@@ -124,7 +124,9 @@ def test_a_row_scaled_down(run, tmp_path, monkeypatch):
     assert result["options"]["pretrain"]["moco_k"] == 64 and result["options"]["linear"]["epochs"] == 2
     scores = [float(row["top1"]) for row in read_log(tmp_path / "runs/in-200-tiny-seed0/linear.csv")]
     assert (result["top1"], result["best_top1"]) == (scores[-1], max(scores))
-    needed = "commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
+    needed = (
+        "cpu_seconds commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
+    )
     assert not set(needed.split()) - set(result)
 
 

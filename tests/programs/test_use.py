@@ -274,6 +274,19 @@ def test_extract_prints_retrieval(run, trained, tmp_path):
     assert "MAP@R" not in run("scripts/extract.py", last, data / "val", "--out", tmp_path / "f.npz --force").out
 
 
+def test_extract_takes_the_data_set_of_the_checkpoint(run, trained, tmp_path, monkeypatch):
+    """A folder may have both CIFAR-10 and CIFAR-100."""
+    saved, loaded = torch.load(trained[1], weights_only=True), []
+    saved["options"]["dataset"] = "cifar100"
+    torch.save(saved, tmp_path / "cifar100.pth.tar")
+    for name in ("cifar-10-batches-py", "cifar-100-python"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+    monkeypatch.setattr(datasets, "load", lambda name, *rest, **how: loaded.append(name) or sys.exit(7))
+    words = ["scripts/extract.py", tmp_path / "cifar100.pth.tar", tmp_path / "both", "--out", tmp_path / "f.npz"]
+    assert run(*words).status == 7 and run(*words, "--dataset cifar10").status == 7
+    assert loaded == ["cifar100", "cifar10"]
+
+
 def test_the_projector(run, trained, tmp_path):
     """What TensorBoard reads: a table of features, one of class and path, and the thumbnails on one sheet."""
     data, last, _ = trained

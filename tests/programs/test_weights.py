@@ -44,6 +44,8 @@ def test_one_file_three_uses(run, measured, folder, tmp_path):
         assert file.stat().st_size < 1_300_000
 
     assert sorted(path.name for path in weights.iterdir()) == ["ce-resnet20.pth.tar", "in-resnet20.pth.tar"]
+    again = run("scripts/reproduce.py", f"--small in-1000 {data} --epochs 1 {SMALL.format('--moco-k 32')} {where}")
+    refused(again, 2, "in-resnet20.pth.tar' has the weights of", "--weights")
     done = run("scripts/reproduce.py", "--verify", where, data)
     assert done.status == 0 and len(done.out.splitlines()) == 2 and "differs" not in done.out, done.err
 

@@ -81,7 +81,10 @@ def prepare(args: Namespace, device: torch.device) -> None:
     if len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
     if args.aug_crop and not split.of_side(args.image_size):
-        raise UsageError(f"'{source}' has the views of --aug-crop, for images of {args.image_size} pixels only")
+        raise UsageError(
+            f"'{source}' was trained with --aug-crop: its views are for images of one size up to "
+            f"{datasets.LARGEST_SIDE} pixels, which must be --image-size (here {args.image_size})"
+        )
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args = options.complete(args, split, -(-len(split) // args.batch_size), device)

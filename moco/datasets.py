@@ -228,7 +228,8 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
         if missing := set(found) - set(classes):
             raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing))}")
     skipped = Counter()
-    images = [(path, classes.index(name)) for name in found for path in images_below(root / name, skipped)]
+    numbers = {name: number for number, name in enumerate(classes)}
+    images = [(path, numbers[name]) for name in found for path in images_below(root / name, skipped)]
     announce(skipped, root)
     if unlabelled and Path(folder, "unlabelled").is_dir():
         images += [(path, UNLABELLED) for path in images_without_label(folder, [path for path, _ in images])]

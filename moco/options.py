@@ -9,6 +9,7 @@ import sysconfig
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,7 +110,7 @@ def pretrain_parser(
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
     add, add_views = parser.adder(), parser.adder(exclusive=True)
     add("--cos", action=argparse.BooleanOptionalAction, default=False, resumed=TELL,
-        help="cosine schedule from lr to 0 (replaces --schedule)")
+        help="cosine schedule from lr to 0 (SupContrast and cross entropy: to lr / 1000); replaces --schedule")
     add("--warm-up", resumed=TELL, type=count, default=5, metavar="N",
         help="epochs of linear warm-up; SupContrast and cross entropy: 10 for batches over 256, else 0 (default: 5)")
     add_views("--aug-plus", resumed=KEEP, action="store_true",
@@ -146,7 +147,8 @@ def linear_parser(description: str) -> Parser:
     early = Parser("", add_help=False)  # --help shows the defaults of the recipe
     early.add_argument("--recipe", choices=LINEAR_RECIPES, default="moco")
     recipe = LINEAR_RECIPES[early.parse_known_args()[0].recipe]
-    parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, schedule=recipe["schedule"])
+    own = dict(schedule=recipe["schedule"], drop={0.1: "tenth", 0.2: "fifth"}[recipe["lr_decay"]])
+    parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, **own)
     add = parser.adder()
     add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
     add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco",
@@ -157,7 +159,9 @@ def linear_parser(description: str) -> Parser:
     return parser
 
 
-def base_parser(description: str, epochs: int, lr: float, weight_decay: float, schedule: list[int]) -> Parser:
+def base_parser(
+    description: str, epochs: int, lr: float, weight_decay: float, schedule: list[int], drop: str = "tenth"
+) -> Parser:
     """Options of every training script."""
     parser = Parser(description)
     add = parser.adder()
@@ -176,7 +180,7 @@ def base_parser(description: str, epochs: int, lr: float, weight_decay: float, s
     add("--lr", "--learning-rate", resumed=TELL, type=amount, default=lr,
         help="learning rate; never rescaled with the batch (default: %(default)s)")
     add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH",
-        help=f"epochs at which lr falls to a tenth (default: {' '.join(map(str, schedule))})")
+        help=f"epochs at which lr falls to a {drop} (default: {' '.join(map(str, schedule))})")
     add("--momentum", resumed=TELL, type=fraction, default=0.9, metavar="M", help="SGD momentum (default: %(default)s)")
     add("--wd", "--weight-decay", resumed=TELL, type=amount, default=weight_decay, dest="weight_decay", metavar="W",
         help="weight decay (default: %(default)s)")
@@ -261,7 +265,7 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
         raise UsageError(f"checkpoint '{source}' was trained with -a {saved['arch']}, not {args.arch}")
     known = checkpoint.described(saved, weights, source, args.arch)
     args = Namespace(**vars(args) | {name: value for name, value in known.items() if not getattr(args, name)})
-    args.aug_crop = bool(theirs.get("aug_crop"))  # in the checkpoints of the linear evaluation, too, for resuming
+    args.aug_crop = bool(theirs.get("aug_crop"))  # saved, too: a resumed run has the same views
     if args.aug_crop:
         args.train_views, args.centre_crop = augment.PADDED, False
     if args.dataset == "auto":
@@ -301,15 +305,17 @@ def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.d
     By default runs of 15,000 steps or more on a GPU are compiled, if they can be: that takes a minute or two, and pays
     off there.
     """
-    worth = device.type == "cuda" and steps * args.epochs >= 15_000 and can_compile()
+    worth = device.type == "cuda" and steps * args.epochs >= 15_000 and can_compile(device)
     compiled = worth if args.compile is None else args.compile
     return Options(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
 
 
-def can_compile() -> bool:
-    """Are there a C compiler and Python's headers? Triton needs them, and images with only CUDA's runtime have neither."""
+def can_compile(device: torch.device) -> bool:
+    """Is there Triton, and what it needs: compute capability 7, a C compiler (not in images with only CUDA's runtime), Python's headers?"""
+    if not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()
 
 
 def shared_seed(seed: int | None, device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Parsing and resolving options."""
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moco import datasets, methods, options
+from moco import augment, datasets, distributed, methods, options
 
 NAMES = (
     "-a -j --epochs --start-epoch -b --lr --schedule --momentum --wd -p --resume --seed --gpu --world-size "
@@ -69,7 +70,7 @@ def test_linear_evaluation_of_an_imagenet_checkpoint_without_options():
     assert (args.mean, args.std) == ([0.1, 0.2, 0.3], [1, 1, 1])
 
 
-def test_long_runs_on_a_gpu_are_compiled_if_there_is_a_compiler(monkeypatch, tmp_path):
+def test_long_runs_on_a_gpu_are_compiled_if_they_can_be(monkeypatch, tmp_path):
     split = datasets.Split(torch.zeros(4).long(), ["cat", "dog"])
     args = Namespace(epochs=100, compile=None)
 
@@ -78,8 +79,37 @@ def test_long_runs_on_a_gpu_are_compiled_if_there_is_a_compiler(monkeypatch, tmp
 
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(options.sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setattr(options, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(options.sysconfig, "get_path", lambda *names: tmp_path)
     assert compiled(150) and not compiled(149)
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", "")
     assert not compiled(150)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert not compiled(150)
+
+
+def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
+    monkeypatch.setattr(distributed, "broadcast", lambda x: x.fill_(7))
+    assert options.shared_seed(None, torch.device("cpu")) == 7
+    assert options.shared_seed(3, torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize(
+    "words, theirs, views, crop, decay",
+    [
+        ("", {}, augment.LINEAR, True, 0.1),
+        ("--recipe supcon", {}, augment.CROSS_ENTROPY, False, 0.2),
+        ("", dict(aug_crop=True), augment.PADDED, False, 0.1),
+    ],
+)
+def test_the_views_of_the_linear_evaluation(words, theirs, views, crop, decay, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main_lincls.py", *words.split()])
+    args = options.linear_parser("").parse_args(
+        [*words.split(), *["-a", "resnet20", "--dataset", "digits", "--seed", "0"]]
+    )
+    weights = {"conv1.weight": torch.zeros(16, 3, 3, 3)}
+    args = options.resolve_linear(args, torch.device("cpu"), "a checkpoint", {"options": theirs}, weights)
+    assert (args.train_views, args.centre_crop, args.lr_decay) == (views, crop, decay)

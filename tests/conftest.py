@@ -17,10 +17,16 @@ from PIL import Image
 
 pytest.register_assert_rewrite("helpers")
 from helpers import SIZES, TINY_FOLDER, photo  # noqa: E402
-from processes import ROOT, split  # noqa: E402
+from processes import ROOT, kill_all, split  # noqa: E402
 
 # Tests also run scripts in processes of their own, and the programs in subprocesses/ import the helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    kill_all()
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import csv
 import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision import models
 
-from moco import checkpoint, encoders, options, pretrain
+from moco import checkpoint, distributed, encoders, options, pretrain
 from moco.datasets import CIFAR10
 from moco.run import Run
 from processes import ROOT, split
@@ -92,6 +94,33 @@ def photo(rng, size):
 
 def losses(folder):
     return [row["loss"] for row in rows(folder / "log.csv")]
+
+
+def on_processes(work, processes):
+    """The values of work() on each rank: threads stand in for processes, and exchange tensors as moco.distributed does."""
+    here, meeting, given = threading.local(), threading.Barrier(processes), [None] * processes
+
+    def of_all(x):
+        given[here.rank] = x.clone()
+        meeting.wait(60)
+        found = list(given)
+        meeting.wait(60)
+        return found
+
+    def begin(rank):
+        here.rank = rank
+        try:
+            return work()
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(processes) as pool:
+        patch.setattr(distributed, "rank", lambda: here.rank)
+        patch.setattr(distributed, "world_size", lambda: processes)
+        patch.setattr(distributed, "all_gather", lambda x: torch.cat(of_all(x)))
+        patch.setattr(distributed, "all_sum", lambda x: x.copy_(sum(of_all(x))))
+        return list(pool.map(begin, range(processes)))
 
 
 def add_unlabelled(data, count=5, size=(12, 12)):

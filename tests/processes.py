@@ -1,16 +1,21 @@
-"""Starts scripts in processes of their own, which fork from a server that has imported torch: that takes seconds."""
+"""Starts scripts in processes of their own, which fork from a server that has imported torch: importing it takes seconds."""
 
 import multiprocessing
 import os
+import random
 import runpy
 import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Timer
 from types import SimpleNamespace
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -37,6 +42,7 @@ class Forked:
 
     def communicate(self, timeout=None):
         killer = Timer(timeout or 600, self.kill)
+        killer.daemon = True
         killer.start()
         with self.stdout:
             out = self.stdout.read()
@@ -45,7 +51,8 @@ class Forked:
         return out, None
 
     def send_signal(self, number):
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def kill(self):
         self.process.kill()
@@ -61,6 +68,9 @@ def execute(command, out, err, env, folder):
     out.close()
     err.close()
     multiprocessing.set_start_method(None, force=True)  # Python's own, as in an interpreter of its own
+    random.seed()  # else all would have the server's state
+    np.random.seed()
+    torch.seed()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
@@ -74,7 +84,7 @@ def split(args):
 
 
 def start(script, *args, launcher=None, env=os.environ, **options):
-    """Starts a script in a process of its own; its stdout has stderr, too. `args` as in the fixture `run`."""
+    """Starts a script in a process of its own; stderr goes to stdout. `args` as in the fixture `run`."""
     command = [str(ROOT / script), *split(args)]
     if launcher:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -96,6 +106,13 @@ def forking(popen):
         return Forked(command[1:], *(Connection(os.dup(fd), readable=False) for fd in (1, 2)), os.environ)
 
     return start
+
+
+def kill_all():
+    """Kills the forked processes that still run, which a failed test has left behind: pytest would wait for them."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, FORKSERVER.Process):
+            process.kill()
 
 
 def free_port():

@@ -83,8 +83,10 @@ def test_checkpoints(run, tmp_path):
     for args, message in (("--moco-k 81", "--moco-k 80"), ("-b 16", "--batch-size 32"), ("--moco-t 0.3", "--moco-t")):
         refused(run("main_moco_out.py", *resume, args), 2, message, "this run has")
     refused(run("main_moco_in.py", *resume), 2, "MoCoOut", "MoCoIn")
-    announced = run("main_moco_out.py", *resume, "--lr 0.01")
+    announced = run("main_moco_out.py", *resume, "--lr 0.01 --wd 0.5")
     assert announced.status == 0 and "--lr was 0.03 and is now 0.01" in announced.out
+    resumed = checkpoint.load(tmp_path / "out/checkpoint_last.pth.tar")
+    assert resumed["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     refused(run("main_lincls.py", TINY, "--epochs 1"), 2, "--pretrained")
     refused(run("main_lincls.py", TINY, "-e --pretrained", good), 2, "--resume")
     refused(run("main_lincls.py", TINY, "--resume", good), 1, "--pretrained")

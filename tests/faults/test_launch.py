@@ -13,21 +13,24 @@ import pytest
 
 from helpers import SHORT, TINY, TINY_MOCO, error_line, refused
 from moco import launch
-from processes import ROOT, TORCHRUN, free_port, run_processes, start, until
+from processes import ROOT, TORCHRUN, free_port, start, until
 
 
 def test_one_process_for_each_gpu(tmp_path):
     """MoCo's command: stopped by a signal to the process that starts the others, then evaluated."""
     several = f"--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:{free_port()}"
-    args = [TINY_MOCO, "--epochs 5000", several, "--output-dir", tmp_path]
-    run = start("tests/subprocesses/two_gpus.py", ROOT / "main_moco_out.py", *args)
+
+    def on_two_gpus(script, *args):
+        return start("tests/subprocesses/two_gpus.py", ROOT / script, *args, several, "--output-dir", tmp_path)
+
+    run = on_two_gpus("main_moco_out.py", TINY_MOCO, "--epochs 5000")
     assert "on 2 processes" in until(run, "Epoch: [0]")
     run.send_signal(signal.SIGTERM)
     out = run.communicate(timeout=60)[0]
     assert run.returncode == 143 and out.count("stopped ") == 1 and "Traceback" not in out, out
-    args = [TINY, "--epochs 1 --output-dir", tmp_path, "--pretrained", tmp_path / "checkpoint_last.pth.tar"]
-    linear = run_processes("main_lincls.py", *args)
-    assert linear.returncode == 0 and linear.out.count("result: ") == 1, linear.out
+    linear = on_two_gpus("main_lincls.py", TINY, "--epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar")
+    out = linear.communicate(timeout=100)[0]
+    assert linear.returncode == 0 and out.count("result: ") == 1, out
 
 
 def test_what_torchrun_does_with_signals(tmp_path):
@@ -91,7 +94,7 @@ def test_a_hanging_survivor_is_killed():
 
 
 def test_a_node_prints_one_line(tmp_path):
-    """Both of its processes fail, and torchrun ends the second before that prints the same error as the first."""
+    """Both of its processes fail, and torchrun ends the second before it can print the same error as the first."""
     run = start("main_moco.py", TINY_MOCO, "-b 31 --output-dir", tmp_path, launcher=TORCHRUN)
     out = run.communicate(timeout=60)[0]
     lines = [line for line in out.splitlines() if "main_moco.py: error: " in line]

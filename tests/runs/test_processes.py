@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import README, TINY, TINY_MOCO, python_blocks, refused, rows
+from helpers import README, TINY, TINY_MOCO, columns, python_blocks, refused, rows
 from moco import checkpoint, methods
 from processes import free_port, run_processes, start
 
@@ -146,3 +146,17 @@ def test_resuming_on_another_number_of_processes(run, tmp_path):
     assert one.status == 0, one.err
     losses = [float(rows(folder / "log.csv")[-1]["loss"]) for folder in (tmp_path, tmp_path / "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_linear_evaluation_does_not_depend_on_the_number_of_processes(run, tmp_path):
+    """The last of five batches has 22 images, which four processes cannot share equally."""
+    assert run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path).status == 0
+    args = [TINY, "--per-class 15 --lr 1 --epochs 2 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
+    assert run("main_lincls.py", *args, tmp_path / "one").status == 0
+    done = run_processes("main_lincls.py", *args, tmp_path / "four", processes=4)
+    assert done.returncode == 0, done.out
+    for name, tolerance in (("loss", 1e-3), ("top1", 0.6), ("top5", 0.6)):
+        one, four = ([float(x) for (x,) in columns(tmp_path / p / "linear.csv", name)] for p in ("one", "four"))
+        assert four == pytest.approx(one, abs=tolerance), name
+    one, four = (checkpoint.load(tmp_path / p / "linear_last.pth.tar")["state_dict"] for p in ("one", "four"))
+    assert torch.allclose(one["module.fc.weight"], four["module.fc.weight"], rtol=1e-2, atol=1e-3)

@@ -52,6 +52,8 @@ def test_defaults_are_those_of_the_reference(run):
         ("main_moco_out.py", "--epochs 1000,-b 256,--lr 0.03,--momentum 0.9,--wd 0.0001,-j 8,-p 10,--warm-up 5"),
         ("main_moco_out.py", "--moco-dim 128,--moco-k 65536,--moco-m 0.99,--moco-t 0.07,--save-freq 200"),
         ("main_lincls.py", "--epochs 100,--lr 30.0,-b 256,--wd 0.0"),
+        ("main_supcon.py", "--epochs 1000,--lr 0.5,-b 1024,--wd 0.0001,--temp 0.1"),
+        ("main_ce.py", "--epochs 500,--lr 0.8,-b 1024,--wd 0.0001"),
     ):
         text = " ".join(run(script, "--help").out.split())
         for value in values.split(","):

@@ -15,3 +15,6 @@ def test_prototypes_train_resume_and_are_evaluated(run, tmp_path, monkeypatch):
     assert whole == cut
     one, two = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "cut"))
     assert equal_tensors(one["state_dict"], two["state_dict"])
+    groups = one["optimizer"]["param_groups"]
+    assert [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in groups] == [(0.9, True, 1e-4), (0.9, True, 0)]
+    assert [f"{g['lr']:.7g}" for g in groups] == 2 * columns(tmp_path / "whole/log.csv", "lr")[-1]

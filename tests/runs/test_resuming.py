@@ -151,15 +151,16 @@ def test_linear_evaluation_resumes(run, tmp_path):
     refused(run("main_lincls.py", *resume), 2, "another encoder")
 
 
-@pytest.mark.parametrize("views", ["--aug-plus", "--aug-crop"])
-def test_linear_evaluation_stops_and_resumes_within_an_epoch(views, run, tmp_path, monkeypatch):
-    """Its own views and the crop of its validation images follow from those of pretraining."""
+@pytest.mark.parametrize("views, lines", [("--aug-plus", 2), ("--aug-crop", 4)])
+def test_linear_evaluation_stops_and_resumes_within_an_epoch(views, lines, run, tmp_path, monkeypatch):
+    """Or after its last step, before the evaluation. With --aug-crop it has other views, and does not crop to evaluate."""
     run("main_moco.py", TINY_MOCO.replace("--aug-plus", views), "--epochs 1 --output-dir", tmp_path)
     args = [TINY, "--lr 1 --epochs 2 --pretrained", tmp_path / "checkpoint_last.pth.tar", "--output-dir"]
     assert run("main_lincls.py", *args, tmp_path / "whole").status == 0
-    interrupt(monkeypatch, 2)
+    interrupt(monkeypatch, lines)
     stopped = run("main_lincls.py", *args, tmp_path / "parts")
-    assert stopped.status == 143 and "in epoch 0 after step 3" in stopped.out
+    assert stopped.status == 143 and f"in epoch 0 after step {lines + 1}" in stopped.out
+    assert not (tmp_path / "parts/linear.csv").exists()
     done = run("main_lincls.py", *args, tmp_path / "parts", "--resume auto")
     assert done.status == 0, done.err
     assert_equal_classifiers(tmp_path / "whole", tmp_path / "parts")

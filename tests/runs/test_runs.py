@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers import SCRIPTS, TINY, TINY_MOCO, printed_losses, rows
 from moco import checkpoint, datasets, pretrain
+from moco.builder import MoCo
 from moco.run import Log, Run
 
 LINEAR = f"{TINY} --lr 1 --epochs 2"
@@ -84,9 +85,16 @@ def test_speed_counts_images_and_not_full_batches(run, tmp_path, monkeypatch):
         ticks = itertools.count()
         monkeypatch.setattr("moco.run.time", SimpleNamespace(perf_counter=lambda ticks=ticks: float(next(ticks))))
         done = run("main_lincls.py", *args, f"-b {batch} --output-dir", tmp_path)
-        speeds = [float(row["images_per_second"]) for row in rows(tmp_path / "linear.csv")]
-        shown.append((speeds, [line.split("images/s ")[1] for line in done.out.splitlines() if "images/s" in line]))
-    assert shown[0] == shown[1] and len(shown[0][0]) == len(shown[0][1]) == 2 and "ETA" in shown[0][1][0]
+        log = rows(tmp_path / "linear.csv")
+        speeds, losses = [float(row["images_per_second"]) for row in log], [float(row["loss"]) for row in log]
+        lines = [line.split("images/s ")[1] for line in done.out.splitlines() if "images/s" in line]
+        shown.append((speeds, lines, pytest.approx(losses, rel=1e-5)))
+    assert (
+        shown[0][:2] == shown[1][:2]
+        and losses == shown[0][2]
+        and len(shown[0][0]) == len(shown[0][1]) == 2
+        and "ETA" in shown[0][1][0]
+    )
 
 
 def test_cross_entropy_with_a_schedule(run, tmp_path):
@@ -104,16 +112,21 @@ def test_scripts_without_a_queue(script, run, tmp_path):
     if script == "main_ce.py":
         assert 0 < float(log[1]["top1"]) <= float(log[1]["top5"]) <= 100
         return
-    args = [TINY, "--recipe supcon --epochs 1 --pretrained", tmp_path / "checkpoint_last.pth.tar"]
+    args = [TINY, "--recipe supcon --lr 1 --epochs 3 --schedule 1 2", "--pretrained", tmp_path / checkpoint.LAST]
     done = run("main_lincls.py", *args, "--output-dir", tmp_path)
     assert done.status == 0 and "result: top1=" in done.out
+    assert [float(row["lr"]) for row in rows(tmp_path / "linear.csv")] == pytest.approx([1, 0.2, 0.04])
+    (group,) = checkpoint.load(tmp_path / checkpoint.LINEAR)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.04)
     again = run("main_lincls.py", "-e --dataset digits --resume", tmp_path / "model_best.pth.tar")
     assert again.out.strip() == done.out.splitlines()[-1]  # with the recipe's validation images
 
 
-def test_bf16_keeps_the_queue_in_float32(run, tmp_path):
+def test_bf16_keeps_the_queue_in_float32(run, tmp_path, monkeypatch):
+    seen, encode = set(), MoCo.encode
+    monkeypatch.setattr(MoCo, "encode", lambda *rest: seen.add(torch.is_autocast_enabled("cpu")) or encode(*rest))
     done = run("main_moco_out.py", TINY_MOCO, "--epochs 1 --precision bf16 --output-dir", tmp_path)
-    assert done.status == 0 and "bf16" in done.out
+    assert done.status == 0 and "bf16" in done.out and seen == {True}
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["state_dict"]["module.queue"].dtype == torch.float32
 
 

@@ -38,9 +38,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("objectives")
 parser.add_argument("splits", type=int)
-nodes = parser.add_argument_group()
 for name, kind in (("world-size", int), ("rank", int), ("dist-url", str)):
-    nodes.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
 args, more = parser.parse_known_args()
 if more:
     encoders.build = lambda arch, stem: Small

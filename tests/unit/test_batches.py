@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -193,3 +194,61 @@ def test_a_last_batch_of_fewer_images_than_processes(in_memory, folder, monkeypa
     centre = augment.Centre(12, OPTIONS["mean"], OPTIONS["std"])
     ((images, labels),) = batches.Centres(one, centre, 4, OPTIONS["device"])
     assert images.shape == (0, 3, 12, 12) and len(labels) == 0
+
+
+@pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
+def test_views_labels_and_order_belong_together(in_files, tmp_path):
+    """Image i has colour i in both views; row j of the key views shows image order[j] of the batch (Shuffling BN)."""
+    colours = torch.arange(20, dtype=torch.uint8).view(-1, 1, 1, 1).expand(20, 3, 8, 8).contiguous()
+    split = datasets.Split(3 * torch.arange(20), ["a"], colours)
+    if in_files:
+        paths = [str(tmp_path / f"{i}.png") for i in range(20)]
+        for i, path in enumerate(paths):
+            split.pillow(i).save(path)
+        split = datasets.Split(split.labels, ["a"], paths=paths)
+    same = augment.Recipe(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=None, gray_p=0, blur_p=0, flip_p=0)
+    how = OPTIONS | dict(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    loader = batches.Batches(split, [same, same], shuffle_keys=True, workers=0, epochs=2, **how)
+    seen, orders = [], set()
+    for epoch in range(2):
+        for views, labels, order in loader.epoch(epoch):
+            queries, keys = (view[:, 0, 0, 0].round().long() for view in views)
+            assert torch.equal(labels, 3 * queries) and torch.equal(keys, queries[order])
+            assert order.sort().values.tolist() == [0, 1, 2, 3]
+            seen += queries.tolist()
+            orders.add(tuple(order.tolist()))
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert seen[:20] != seen[20:] and seen[:20] != list(range(20)) and len(orders) > 3
+
+
+def test_parameters_differ_between_views_images_epochs_and_seeds():
+    split, drawn = datasets.load("digits", None, True, per_class=2), []
+    for seed in (0, 1):
+        loader = batches.Batches(split, [augment.PLAIN] * 2, **OPTIONS | dict(seed=seed))
+        loader.views = [lambda images, parameters, order: parameters] * 2
+        drawn += [row for epoch in range(2) for views, *_ in loader.epoch(epoch) for row in torch.cat(views).tolist()]
+    assert len(drawn) == len(set(map(tuple, drawn))) == 160
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_row_goes_to_the_process_that_needs_it(seed, monkeypatch):
+    """Four processes of three rows, one after the other. (Two always send as many rows as they receive.)"""
+    rows, order = torch.arange(100, 112), torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    sent = {}
+
+    def send(rank, out, x, received, sizes):
+        sent[rank] = x.split(sizes)
+
+    def receive(rank, out, x, received, sizes):
+        parts = [sent[sender][rank] for sender in range(4)]
+        assert [len(part) for part in parts] == received
+        out.copy_(torch.cat(parts))
+
+    for call in (send, receive):
+        found = []
+        for rank in range(4):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed.dist, "all_to_all_single", partial(call, rank))
+            found.append(distributed.exchange(rows[3 * rank : 3 * rank + 3], order, order))
+    assert torch.equal(torch.cat(found), rows[order])

@@ -1,7 +1,9 @@
 """The images and labels of a data set, and whether its images are in memory."""
 
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +66,24 @@ def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):
     )
     split = datasets.load("imagefolder", data, True, per_class=2)
     assert split.images.shape == (4, 3, 12, 12) and len(opened) <= 5
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar(name, monkeypatch, tmp_path):
+    """Training or test images, channels first, with their labels; held-out images are training images."""
+    data = np.arange(72, dtype=np.uint8).reshape(4, 2, 3, 3)  # images, height, width, channels
+
+    def theirs(kind):
+        return lambda folder, train, download=False: SimpleNamespace(
+            data=data if train else data + 100, targets=[0, 1, 0, 1] if train else [1, 1, 0, 0], classes=[kind, "fox"]
+        )
+
+    for kind in ("cifar10", "cifar100"):
+        monkeypatch.setattr(datasets.datasets, kind.upper(), theirs(kind))
+    channels_first = torch.from_numpy(data).permute(0, 3, 1, 2)
+    train, validation = (datasets.load(name, tmp_path, part) for part in (True, False))
+    assert train.classes == [name, "fox"] and train.labels.tolist() == [0, 1, 0, 1]
+    assert torch.equal(train.images, channels_first)
+    assert validation.labels.tolist() == [1, 1, 0, 0] and torch.equal(validation.images, channels_first + 100)
+    held = datasets.load(name, tmp_path, False, holdout=1)
+    assert held.labels.tolist() == [0, 1] and torch.equal(held.images, channels_first[2:])

@@ -6,10 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import extract
-from moco import augment, datasets, encoders, evaluate
+from helpers import on_processes
+from moco import augment, batches, datasets, encoders, evaluate
 
 
 def test_the_vote_does_not_depend_on_the_size_of_its_parts(monkeypatch):
@@ -147,3 +149,40 @@ def test_retrieval_agrees_with_pytorch_metric_learning():
     first, _, map_at_r = extract.retrieval(features, labels)
     assert 100 * theirs["precision_at_1"] == pytest.approx(first, abs=1e-4)
     assert 100 * theirs["mean_average_precision_at_r"] == pytest.approx(map_at_r, abs=1e-4)
+
+
+class Pixels(nn.Module):
+    """An encoder whose features are the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.fc = nn.Parameter(torch.ones(1)), nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.fc(self.one * x.flatten(1))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_knn_and_accuracy_against_their_formulas(processes):
+    """The last batch is incomplete, and with three processes empty on two of them."""
+    train = datasets.load("digits", None, True).take(torch.arange(401))
+    validation = datasets.load("digits", None, False).take(torch.arange(37))
+    centre = augment.Centre(8, (0.3,) * 3, (0.4,) * 3, crop=False)
+    bank, queries = (F.normalize(centre(split.images).flatten(1).double(), dim=1) for split in (train, validation))
+    right = 0
+    for query, label in zip(queries, validation.labels, strict=True):
+        similarity, nearest = (bank @ query).topk(200)
+        votes = torch.zeros(10).double().index_add_(0, train.labels[nearest], (similarity / 0.1).exp())
+        right += int(votes.argmax() == label)
+    weights = torch.randn(192, 10, generator=torch.Generator().manual_seed(0))
+    hits = (centre(validation.images).flatten(1) @ weights).argsort(1, descending=True) == validation.labels[:, None]
+
+    def found():
+        knn = evaluate.knn(Pixels(), train, validation, centre, 12)
+        images = batches.Centres(validation, centre, 12, torch.device("cpu"))
+        return knn, *evaluate.accuracy(lambda x: x.flatten(1) @ weights, images, 10)
+
+    wanted = [right, hits[:, 0].sum().item(), hits[:, :5].any(1).sum().item()]
+    for *scores, counts, confusion in on_processes(found, processes):
+        assert scores == pytest.approx([100 * number / 37 for number in wanted])
+        assert counts[1].tolist() == validation.labels.bincount(minlength=10).tolist() and confusion.sum() == 37

@@ -1,11 +1,12 @@
 """Learning rates, and the positives of SupContrast."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from moco import baselines, encoders, methods
+from moco import baselines, encoders, methods, options
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -69,3 +70,40 @@ def test_the_schedule_of_supcontrasts_authors_at_each_boundary():
         assert rate(ours) == pytest.approx(theirs(count), rel=1e-12), ours
     assert rate(999) == pytest.approx(lowest)
     assert rate(0, warm_up=0) == rate(0.99, warm_up=0) == pytest.approx(theirs(1))
+
+
+def test_supcontrast_against_its_formula():
+    """That of main_supcon.py, one exponential at a time in float64, and the health of its contrast."""
+    torch.manual_seed(0)
+    model = baselines.SupContrast(encoders.build("resnet20"), 8, 0.2)
+    model.measure_health = True
+    im_1, im_2, labels = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8), [3, -1, 3, -1, 2, 3]
+    z = copy.deepcopy(model.encoder_q)(torch.cat([im_1, im_2])).detach().double()
+    z /= z.norm(dim=1, keepdim=True)
+    s, total, similarities = (z @ z.T / 0.2).tolist(), 0, []
+    for i in range(12):
+        others = [a for a in range(12) if a != i]
+        chosen = [a for a in others if a % 6 == i % 6 or labels[a % 6] == labels[i % 6] != -1]
+        everything = sum(math.exp(s[i][a]) for a in others)
+        total -= sum(math.log(math.exp(s[i][p]) / everything) for p in chosen) / len(chosen)
+        similarities += [0.2 * s[i][p] for p in chosen]
+    loss = model(im_1, im_2, torch.tensor(labels))
+    assert loss.item() == pytest.approx(total / 12 * 0.2 / 0.07, rel=1e-5)
+    health = model.health.tolist()
+    assert health[1] == pytest.approx(sum(similarities) / len(similarities), abs=1e-5)
+    assert health[3] == pytest.approx(len(similarities) / 12)
+
+
+@pytest.mark.parametrize("name", methods.ALL)
+def test_a_model_has_the_values_of_its_options(name):
+    method = methods.ALL[name]
+    given = "--moco-dim 6 --moco-k 5 --moco-m 0.7 --moco-t 0.3 --mlp" if method.shuffle_keys else ""
+    given = "--dim 6 --temp 0.3" if name == "main_supcon.py" else given
+    parser = options.pretrain_parser("", method.add_options, method.defaults)
+    args = parser.parse_args([*given.split(), "--bn-splits=2"])
+    model = method.build(method.model, encoders.build("resnet20"), args, 4)
+    assert type(model) is method.model and model.encoder_q.bn1.splits == 2
+    if name != "main_ce.py":
+        assert model.T == 0.3 and model.encoder_q.fc[2].out_features == 6
+    if method.shuffle_keys:
+        assert model.m == 0.7 and model.queue.shape == (6, 5)

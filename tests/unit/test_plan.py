@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import TINY
-from moco import distributed, launch
+from moco import distributed, launch, methods
 from moco.errors import UsageError
 from processes import ROOT
 
@@ -113,10 +113,11 @@ def test_environments_that_are_refused(environment, options, message):
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("main_*.py")))
 def test_the_worker_of_every_script_can_be_pickled(script, run, monkeypatch):
     """torch.multiprocessing passes it to the processes that it starts."""
-    pickles = []
-    monkeypatch.setattr(launch, "launch", lambda worker, **options: pickles.append(ForkingPickler.dumps(worker)))
+    workers = []
+    monkeypatch.setattr(launch, "launch", lambda worker, **_: ForkingPickler.dumps(worker) and workers.append(worker))
     args = "--pretrained a.pth.tar" if script == "main_lincls.py" else ""
-    assert run(script, TINY, args).status == 0 and pickles
+    assert run(script, TINY, args).status == 0 and workers
+    assert script == "main_lincls.py" or workers[0].args[0] is methods.ALL[script]
 
 
 def test_a_process_that_leaves_ignores_sigterm(monkeypatch):

@@ -285,7 +285,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
 
 @contextmanager
 def lock(folder: str | Path, name: str) -> Iterator[None]:
-    """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints. Rank 0 has the lock, the others wait for it.
+    """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints. Rank 0 takes the lock; the others wait until it has.
 
     The kernel releases it when that process ends, however it ends; child processes do not inherit it.
 

@@ -1,0 +1,12 @@
+"""Prints the kNN accuracy of a checkpoint's encoder on a data set, for example on classes that it was not trained on.
+
+python results/tries/knn.py CHECKPOINT data/        (from the project's folder, with PYTHONPATH=.)
+"""
+
+import sys
+
+from moco import datasets, evaluate, inference
+
+encoder, centre, _ = inference.load(sys.argv[1])
+train, validation = (datasets.load(datasets.resolve("auto", sys.argv[2]), sys.argv[2], part) for part in (True, False))
+print(f"{evaluate.knn(encoder, train, validation, centre):.2f}")

@@ -311,7 +311,7 @@ def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.d
 
 
 def can_compile(device: torch.device) -> bool:
-    """Is there Triton, and what it needs: compute capability 7, a C compiler (not in images with only CUDA's runtime), Python's headers?"""
+    """Is there Triton with all that it needs? Images with only CUDA's runtime have neither a C compiler nor Python.h."""
     if not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0):
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -74,9 +74,9 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         datasets.announce(skipped, args.data)
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
-        if name == "auto" and is_folder:  # it may have both CIFAR-10 and CIFAR-100
+        if name == "auto" and is_folder and len(names := datasets.candidates(args.data)) > 1:  # CIFAR-10 and CIFAR-100
             theirs = checkpoint.load(args.checkpoint)["options"].get("dataset")
-            name = theirs if theirs in datasets.candidates(args.data) else name
+            name = theirs if theirs in names else name
         split = datasets.load(datasets.resolve(name, args.data), args.data, args.split == "train", in_memory=False)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]

@@ -68,22 +68,24 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert run.returncode == -signal.SIGINT and "stopped" not in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize("script", ["main_moco.py", "scripts/reproduce.py"])
-def test_output_that_cannot_be_written_stops_the_run(script, tmp_path):
-    """A full disk, or a closed pipe. In an interpreter of its own, which writes what is left to stdout when it ends."""
-    if script == "main_moco.py":
+@pytest.mark.parametrize("full", [False, True], ids=["closed pipe", "full disk"])
+def test_output_that_cannot_be_written_stops_the_run(tmp_path, full):
+    if full and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    for script, args in (
+        ("main_moco.py", f"{TINY_MOCO} --epochs 1 --output-dir {tmp_path}"),
+        ("scripts/reproduce.py", "--print"),
+    ):
         reader, writer = os.pipe()
         os.close(reader)
-        args = f"{TINY_MOCO} --epochs 1 --output-dir {tmp_path}"
-    elif Path("/dev/full").exists():
-        writer, args = os.open("/dev/full", os.O_WRONLY), "--print"
-    else:
-        pytest.skip("there is no /dev/full")
-    command = [sys.executable, str(ROOT / script), *args.split()]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
-    os.close(writer)
-    message = f"{Path(script).name}: error: stdout cannot be written: "
-    assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
+        if full:
+            os.close(writer)
+            writer = os.open("/dev/full", os.O_WRONLY)
+        command = [sys.executable, str(ROOT / script), *args.split()]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+        os.close(writer)
+        message = f"{Path(script).name}: error: stdout cannot be written: "
+        assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
 
 
 def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Trains objectives for two short epochs each and saves the loss of each step: OUT OBJECTIVES BN_SPLITS [OPTION...].
+"""Trains every objective for two short epochs and saves the loss of each step: OUT BN_SPLITS [OPTION...].
 
 With --compile or --no-compile the network is a small one that compiles in seconds. Used by test_processes.
 """
@@ -25,18 +25,16 @@ class Small(nn.Module):
 
 
 def train_all(device):
-    objectives = {method.model.__name__: method for method in methods.ALL.values()}
-    for name in args.objectives.split(","):
-        folder = args.out / name
+    for method in methods.ALL.values():
+        folder = args.out / method.model.__name__
         options = [TINY, f"--epochs 2 --warm-up 1 --bn-splits {args.splits} --lr 0.02", *more, "--output-dir", folder]
-        losses = train(objectives[name], *options, device=device)
+        losses = train(method, *options, device=device)
         if distributed.rank() == 0:
             (folder / "losses.json").write_text(json.dumps(losses))
 
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
-parser.add_argument("objectives")
 parser.add_argument("splits", type=int)
 for name, kind in (("world-size", int), ("rank", int), ("dist-url", str)):
     parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)

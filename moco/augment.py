@@ -180,6 +180,8 @@ class Views:
         Returns:
             (N, 3, S, S) float32, normalised, channels last.
         """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are uint8, with pixels from 0 to 255, not {images.dtype}")
         recipe = self.recipe
         with torch.autocast(images.device.type, enabled=False):
             x = self.crop(images, parameters, recipe.size)

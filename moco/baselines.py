@@ -36,6 +36,8 @@ class SupContrast(nn.Module):
         Returns:
             float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
         """
+        if len(labels) % self.bn_splits:
+            raise ValueError(f"bn_splits={self.bn_splits} does not divide a batch of {len(labels)}")
         # compute features of both views: batch norm sees both views of a chunk together
         chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
         z = self.encoder_q(torch.cat([view for pair in chunks for view in pair]))

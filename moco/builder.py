@@ -178,7 +178,8 @@ class LabelAwareMoCo(MoCo):
         keys = torch.cat([k.T, self.queue], dim=1)  # a copy: the queue moves on before the backward pass
         key_labels = torch.cat([k_labels, self.label_queue])
         positives = (labels[:, None] == key_labels) & (labels[:, None] != UNLABELLED)
-        positives[:, own : own + len(q)].fill_diagonal_(True)
+        rows, columns = (torch.arange(n, device=q.device) for n in positives.shape)
+        positives |= columns == own + rows[:, None]
         return q @ keys / self.T, positives
 
 
@@ -199,7 +200,8 @@ class MoCoProto(MoCoIn):
 
         L_i = L_i^In - log( exp(q_i . c_{y_i} / T) / sum_y exp(q_i . c_y / T) )
 
-    Prototypes are L2-normalised where they are used. A query without a label has the first term only.
+    Prototypes are L2-normalised where they are used. The loss is the mean of the first term over all queries plus the
+    mean of the second over those with a label.
 
     Args:
         classes: number of classes; the rest is MoCo's.
@@ -223,6 +225,8 @@ class MoCoSupLoss(LabelAwareMoCo):
     """As MoCoOut, with A: the other queries of the process (with gradient), its keys, and the queue."""
 
     def objective(self, q: Tensor, labels: Tensor, k_all: Tensor, labels_all: Tensor) -> Tensor:
+        if len(q) % self.bn_splits:
+            raise ValueError(f"bn_splits={self.bn_splits} does not divide a batch of {len(q)}")
         k = distributed.my_rows(k_all)
         chunks = zip(*(x.chunk(self.bn_splits) for x in (q, labels, k)), strict=True)
         losses, healths = zip(*(self.one_process(*chunk) for chunk in chunks), strict=True)
@@ -232,8 +236,7 @@ class MoCoSupLoss(LabelAwareMoCo):
     def one_process(self, q: Tensor, labels: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         n = len(q)
         logits, positives = self.compare(q, labels, torch.cat([q, k]), labels.repeat(2), own=n)
-        contrast = torch.ones_like(positives)
-        contrast[:, :n].fill_diagonal_(False)  # a query is not contrasted with itself
+        contrast = ~torch.eye(*positives.shape, dtype=torch.bool, device=q.device)  # not a query with itself
         health = contrast_health(logits, positives, self.T, contrast) if self.measure_health else None
         return out_loss(logits, positives, contrast), health
 

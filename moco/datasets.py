@@ -97,8 +97,10 @@ class Split:
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
 
-def resolve(name: str, folder: str | None) -> str:
-    """The data set's name; "auto" becomes what the folder contains. UsageError: it cannot be told."""
+def resolve(name: str, folder: str | None, trained_on: str | None = None) -> str:
+    """The data set's name; "auto" becomes what the folder contains, `trained_on` if it can be that. UsageError: it cannot be told."""
+    if name == "auto" and folder is None and trained_on == "digits":
+        return trained_on
     if name != "digits" and folder is None:
         raise UsageError("name the data folder, the last argument (or use --dataset digits, which needs none)")
     if name != "auto":
@@ -112,7 +114,7 @@ def resolve(name: str, folder: str | None) -> str:
             f"'{folder}' has no train/ folder and is neither empty nor CIFAR-10's: name the folder that contains "
             "train/ and val/, or an empty one to download CIFAR-10 to"
         )
-    return names[0]
+    return trained_on if trained_on in names else names[0]
 
 
 def candidates(folder: str | Path) -> list[str]:

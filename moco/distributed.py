@@ -29,12 +29,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Averages the model's gradients over the processes; each keeps its own running statistics."""
+def parallel(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Averages the model's gradients over the processes. All begin with rank 0's state, then have their own statistics."""
     if world_size() == 1:
         return model
-    buffers = {SYNC_BUFFERS: False}
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **buffers)
+    for (
+        buffer
+    ) in model.buffers():  # before the wrapper: with this option some releases of PyTorch leave them as they are
+        broadcast(buffer)
+    buffers, on_gpu = {SYNC_BUFFERS: False}, torch.device(device).type == "cuda"
+    return DistributedDataParallel(model, device_ids=[device] if on_gpu else None, **buffers)
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -51,6 +55,8 @@ def gather_keys_and_labels(k: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Each int64 label is packed into two float32 columns next to its key: one gather per step.
     """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are int64, not {labels.dtype}")
     if world_size() == 1:
         return k, labels
     packed = all_gather(torch.cat([k, labels.view(-1, 1).view(torch.float32)], dim=1))

@@ -8,10 +8,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from moco import augment, distributed
+from moco import augment, distributed, encoders
 from moco.batches import Centres
 from moco.datasets import Split
 
@@ -57,10 +56,11 @@ def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
     """
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
     if not keep_fc:
+        encoder.get_submodule("fc")  # AttributeError: there is no such layer, so it cannot be left out
         encoder.fc = nn.Identity()
     for module in encoder.modules():
         for (first, conv), (second, norm) in pairwise(module.named_children()):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
+            if isinstance(conv, nn.Conv2d) and type(norm) in (nn.BatchNorm2d, encoders.SplitBatchNorm):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
     return encoder.to(memory_format=torch.channels_last)

@@ -268,9 +268,7 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     args.aug_crop = bool(theirs.get("aug_crop"))  # saved, too: a resumed run has the same views
     if args.aug_crop:
         args.train_views, args.centre_crop = augment.PADDED, False
-    if args.dataset == "auto":
-        possible = ["digits"] if args.data is None else datasets.candidates(args.data)
-        args.dataset = theirs["dataset"] if theirs.get("dataset") in possible else "auto"
+    args.dataset = datasets.resolve(args.dataset, args.data, theirs.get("dataset"))
     args = resolve(args, device)
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)

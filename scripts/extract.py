@@ -58,11 +58,12 @@ def main():
         check_output(args.picture, args.force, [".png", ".jpg"])
     if args.projector:
         check_output(args.projector, force=False)
-    extract(args, *images(args), launch.choose_device())
+    saved = checkpoint.load(args.checkpoint)
+    extract(args, saved, *images(args, saved["options"]), launch.choose_device())
 
 
-def images(args) -> tuple[datasets.Split, list[str]]:
-    """The images, with their labels, and their names."""
+def images(args, theirs: dict) -> tuple[datasets.Split, list[str]]:
+    """The images, with their labels, and their names. `theirs`: the options of the checkpoint."""
     name, is_folder = args.dataset, args.data is not None and Path(args.data).is_dir()
     if name == "folder" and not is_folder:
         raise UsageError(f"--dataset folder needs a folder, after the checkpoint; '{args.data or ''}' is not a folder")
@@ -74,13 +75,17 @@ def images(args) -> tuple[datasets.Split, list[str]]:
         datasets.announce(skipped, args.data)
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
-        if name == "auto" and is_folder and len(names := datasets.candidates(args.data)) > 1:  # CIFAR-10 and CIFAR-100
-            theirs = checkpoint.load(args.checkpoint)["options"].get("dataset")
-            name = theirs if theirs in names else name
-        split = datasets.load(datasets.resolve(name, args.data), args.data, args.split == "train", in_memory=False)
+        name = datasets.resolve(name, args.data, theirs.get("dataset"))
+        same = dict(holdout=theirs.get("holdout", 0) if only_train(args.data) else 0, in_memory=False)
+        split = datasets.load(name, args.data, args.split == "train", **same)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]
     return split, [os.path.relpath(path, args.data) for path in split.paths]
+
+
+def only_train(folder: str | None) -> bool:
+    """Is there a train/ folder, but no other split? Then the held-out images of a run are its validation images."""
+    return folder is not None and [split for split in datasets.SPLITS if Path(folder, split).is_dir()] == ["train"]
 
 
 def is_data_set(folder: str) -> bool:
@@ -90,8 +95,8 @@ def is_data_set(folder: str) -> bool:
     return bool(names and os.listdir(folder))
 
 
-def extract(args, split: datasets.Split, paths: list[str], device: torch.device) -> None:
-    encoder, centre, _ = inference.load(args.checkpoint)
+def extract(args, saved: dict, split: datasets.Split, paths: list[str], device: torch.device) -> None:
+    encoder, centre, _ = inference.build(saved, args.checkpoint)
     encoder.fc = nn.Identity()
     encoder.to(device)
     # Features go to a file without a name: there may be more of them than fit into memory.

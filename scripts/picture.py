@@ -79,7 +79,8 @@ def embedding(run, folder=None, most=2000):
     """
     path = Path(run) / checkpoint.LAST
     saved = checkpoint.load(path)
-    if not (args := saved["options"]):
+    args = saved["options"]
+    if not {"data", "dataset"} <= set(args):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     device, folder = launch.choose_device(), folder or args["data"]
     if args["dataset"] != "digits" and not Path(folder).is_dir():

@@ -71,6 +71,16 @@ def test_extract(run, trained, folder, tmp_path):
     assert run("scripts/extract.py", last, "--dataset digits --split val --out", out, "--force").status == 0
     assert len(np.load(out)["labels"]) == datasets.VALIDATION_DIGITS
 
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/train").symlink_to(data / "train")  # without val/, those that its run has held out
+    held = torch.load(last, weights_only=True)
+    held["options"]["holdout"] = 2
+    torch.save(held, tmp_path / "held.pth.tar")
+    assert (
+        run("scripts/extract.py", tmp_path / "held.pth.tar", tmp_path / "photos", "--out", out, "--force").status == 0
+    )
+    assert [path[-9:] for path in np.load(out)["paths"]] == ["cat/6.png", "cat/7.png", "dog/6.png", "dog/7.png"]
+
     refused(run("scripts/extract.py", last, data, "--out", out), 2, "exists")
     words = ("--split train --out", out, "--force")
     refused(run("scripts/extract.py", last, data / "train", *words), 2, "--split train", "has no train/")

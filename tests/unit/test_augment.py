@@ -207,6 +207,12 @@ def test_a_row_does_not_depend_on_how_many_are_drawn():
         assert torch.equal(AUG_PLUS.draw(count, 32, 32, torch.Generator().manual_seed(0)), many[:count])
 
 
+def test_pixels_in_another_range_are_refused():
+    parameters = AUG_PLUS.draw(4, 32, 32, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="uint8"):
+        augment.Views(AUG_PLUS, MEAN, STD, "cpu")(images(4) / 255, parameters, (0, 1, 2, 3))
+
+
 def test_black_and_gray_have_no_hue():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)  # 0 is black
     assert torch.equal(augment.hue(packed(x), torch.full((1, 1, 1, 1), 0.1)), packed(x))

@@ -263,6 +263,33 @@ def test_suploss_contrasts_within_a_process():
     assert torch.allclose(two.health, sum(healths) / 2)
 
 
+@pytest.mark.parametrize("variant", [MoCoSupLoss, SupContrast])
+def test_chunks_of_unequal_size_are_refused(variant):
+    im_1, im_2, labels = batch(0)
+    with pytest.raises(ValueError, match="does not divide a batch of 8"):
+        variant(Tiny, dim=8, T=0.2, bn_splits=3)(im_1, im_2, labels)
+
+
+@pytest.mark.parametrize("variant", [MoCoOut, SupContrast])
+def test_labels_of_another_type_are_refused(variant):
+    im_1, im_2, labels = batch(0)
+    with pytest.raises(ValueError, match="labels are int64, not"):
+        variant(Tiny, dim=8, T=0.2)(im_1, im_2, labels.byte())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_can_be_compiled_as_a_whole(variant):
+    """With autograd's functional form of the forward pass, which every backend of torch.compile gets."""
+    im_q, im_k, labels = batch(0)
+    losses = []
+    for wrap in (lambda model: model, partial(torch.compile, backend="aot_eager")):
+        torch.manual_seed(0)
+        model = variant(Tiny, dim=8, K=20, m=0.9, T=0.2, mlp=True)
+        wrapped = wrap(model)
+        losses.append([call(wrapped, im_q, im_k, labels).item() for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extremes_stay_finite(variant):
     cases = [dict(T=0.01), dict(K=3), dict(K=1), dict(T=1e-3, dim=2)]

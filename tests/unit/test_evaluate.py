@@ -42,6 +42,21 @@ def test_a_large_bank_is_kept_in_half_precision(monkeypatch):
     assert accuracies[1] == pytest.approx(accuracies[0], abs=2)
 
 
+class NormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_frozen_encoder_keeps_what_its_layers_do():
+    images = torch.randn(4, 3, 8, 8)
+    encoder = nn.Sequential(nn.Conv2d(3, 5, 3), NormAndReLU(5), nn.Flatten()).eval()
+    encoder[1].running_mean.normal_()
+    encoder.fc = nn.Identity()
+    assert torch.allclose(evaluate.frozen(encoder)(images), encoder(images), atol=1e-6)
+    with pytest.raises(AttributeError, match="fc"):
+        evaluate.frozen(nn.Sequential(nn.Conv2d(3, 5, 3)))
+
+
 def knn_bytes(images, queries, width, classes):
     """Estimated peak memory: both banks with their labels, a part of the bank with its similarities, and the votes."""
     banks = sum(n * width * (2 if 4 * n * width > evaluate.FULL_BYTES else 4) for n in (images, queries))

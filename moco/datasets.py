@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -252,22 +253,23 @@ def images_without_label(folder: str, train: list[str]) -> list[str]:
 
 
 def class_folders(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not hidden(entry.name))
     if not names:
         raise UsageError(f"'{root}' contains no class folders")
     return names
 
 
 def images_below(root: str | Path, skipped: Counter) -> list[str]:
-    """Sorted paths of the images in a class folder and below it; UsageError: there are none.
+    """Sorted paths of the images in a class folder and below it, without hidden ones; UsageError: there are none.
 
     `skipped` counts the suffixes of other pictures. Links to folders inside the split or around it are not followed:
     they would repeat images, or never end.
     """
     images, split, seen = [], os.path.realpath(os.path.dirname(root)) + os.sep, {os.path.realpath(root) + os.sep}
-    for folder, inside, files in os.walk(root, followlinks=True):
+    for folder, inside, files in os.walk(root, followlinks=True, onerror=refuse):
+        files = [name for name in files if not hidden(name)]
         followed = []
-        for path in (os.path.join(folder, name) for name in sorted(inside)):
+        for path in (os.path.join(folder, name) for name in sorted(inside) if not hidden(name)):
             real = os.path.realpath(path) + os.sep
             circular = os.path.islink(path) and (real.startswith(split) or split.startswith(real))
             if not circular and real not in seen:
@@ -279,6 +281,16 @@ def images_below(root: str | Path, skipped: Counter) -> list[str]:
     if not images:
         raise UsageError(f"'{root}' contains no images ({' '.join(IMG_EXTENSIONS)})")
     return sorted(images)
+
+
+def refuse(error: OSError) -> NoReturn:
+    """For os.walk, which would skip a folder that it cannot list."""
+    raise RunError(f"'{error.filename}' cannot be listed: {error.strerror}")
+
+
+def hidden(name: str) -> bool:
+    """Is it a file or a folder that systems make beside images: thumbnails, macOS's copies of attributes?"""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
 def announce(skipped: Counter, root: str | Path) -> None:
@@ -318,17 +330,17 @@ def decode(paths: Sequence[str]) -> torch.Tensor | None:
     width, height = open_image(paths[0]).size
     if max(width, height) > LARGEST_SIDE or len(paths) * width * height * 3 > LARGEST_DATASET:
         return None
-    images = np.empty((len(paths), height, width, 3), np.uint8)
+    images = np.empty((len(paths), 3, height, width), np.uint8)
 
     def read(i):
         image = open_image(paths[i])
         same = image.size == (width, height)
         if same:
-            images[i] = image
+            images[i] = pixels(image)
         return same
 
     # disable=None: a bar only on a terminal. `all` ends at the first image of another size, which cancels the rest.
     bar = dict(desc="reading", unit="image", leave=False, disable=distributed.rank() > 0 or None)
     with ThreadPoolExecutor(min(16, distributed.cores())) as pool:
         same = all(tqdm(pool.map(read, range(len(paths))), total=len(paths), **bar))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() if same else None
+    return torch.from_numpy(images) if same else None

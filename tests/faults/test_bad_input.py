@@ -1,6 +1,8 @@
 """Bad input: one line on stderr, exit status 2 (usage) or 1 (a failure at run time), and no partial file."""
 
+import errno
 import os
+import shutil
 import socket
 import zipfile
 from collections import Counter
@@ -191,6 +193,10 @@ def test_odd_folders(run, folder, tmp_path):
     os.symlink(root / "train", root / "train/cat/around")
     os.symlink(root / "train/cat", root / "train/dog/circle")
     (root / "train/.hidden").mkdir()
+    (root / "train/cat/._0.png").write_bytes(b"attributes of 0.png")
+    for name in (".thumbnails", "@eaDir", "__MACOSX"):
+        (root / "train/cat" / name).mkdir()
+        shutil.copy(root / "train/dog/0.png", root / "train/cat" / name)
     nested = root / "train/dog/of/many/kinds"
     nested.mkdir(parents=True)
     name = os.path.join(os.fsencode(nested), b"\xff\xfe.png")
@@ -213,6 +219,21 @@ def test_odd_folders(run, folder, tmp_path):
     with open(name, "wb") as file:
         file.write(b"broken")
     refused(run("main_moco.py", SHORT, "--output-dir", tmp_path / "out2", root), 1, "cannot be read")
+
+
+def test_a_folder_that_cannot_be_listed(run, folder, tmp_path, monkeypatch):
+    root, scan = folder(train=4), os.scandir
+    (root / "train/dog/more").mkdir()
+
+    def refuse(path):
+        if str(path).endswith(denied):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for denied in ("train/dog/more", "train/dog", "train"):
+        done = run("main_moco.py", SHORT, "--output-dir", tmp_path / "out", root)
+        refused(done, 1, f"'{root / denied}", "Permission denied")
 
 
 def test_bad_labels(run, folder, tmp_path):

@@ -97,8 +97,8 @@ def embedding(run, folder=None, most=2000):
 
 
 def drawable(names):
-    """Names as matplotlib can draw them: undecodable bytes are replaced."""
-    return [os.fsencode(name).decode(errors="replace") for name in names]
+    """Names as matplotlib can draw them: undecodable bytes are replaced, and '$' does not begin a formula."""
+    return [os.fsencode(name).decode(errors="replace").replace("$", r"\$") for name in names]
 
 
 def scatter(axes, points, labels, classes):

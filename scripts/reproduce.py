@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import torchvision
 
 import results
 import weights
-from moco import checkpoint, launch, options
+from moco import checkpoint, distributed, launch, options
 from moco.checkpoint import LINEAR
 from moco.errors import RunError, UsageError, say
 from moco.run import read_log
@@ -69,7 +70,7 @@ def parse():
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")
     add("--weights", type=Path, metavar="DIR", help="also write weights there (--verify: read; default: pretrained)")
     add("--verify", action="store_true", help="evaluate each file of --weights against --results; no training")
-    add("--results", type=Path, default=Path("results"), metavar="DIR", help="where files go (default: results)")
+    add("--results", type=Path, metavar="DIR", help="where files go (default: results; --verify: this project's)")
     args = parser.parse_intermixed_args()
     for name in ("pretrain", "linear"):
         text = getattr(args, name)
@@ -82,6 +83,7 @@ def parse():
     args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
     others = [word for word in args.words if word not in ROWS]
     args.data = others.pop() if others else "data/"
+    args.results = args.results or (ROOT / "results" if args.verify else Path("results"))
     if others or not (args.rows or args.verify or (args.print and not args.words)):
         problem = f"unknown row '{others[0]}'" if others else "name a row"
         parser.error(f"{problem}: the rows are {', '.join(ROWS)}; the data folder comes last")
@@ -134,17 +136,25 @@ def reproduce(key, args, seed):
     path = args.results / f"{key}-{begun['hardware']['name']}-{name}.json"
     if file:
         weights.refuse_another_rows(file, args.results, path)
-    train(folder, lines[0], begun)
-    if not (folder / LINEAR).exists():  # a run that is cut short from here on has a file, too
-        results.write_json(path, collect(folder, key, begun, seed))
-    train(folder, lines[1], begun)
-    points, labels, classes = embedding(folder, args.data, most=1000)
-    x, y = points.T.astype(float).round(1).tolist()
-    result = collect(folder, key, begun, seed)
-    result["embedding"] = {"x": x, "y": y, "label": labels.tolist(), "classes": classes}
+    ended = folder / "result.json"
+    if ended.is_file():
+        say(f"'{folder}' has ended: nothing is trained")
+        result = results.read_json(ended)
+    else:
+        train(folder, lines[0], begun)
+        before = results.read_json(path) if path.is_file() else {}
+        if not (folder / LINEAR).exists() and "top1" not in before:  # a run cut short from here on has a file, too
+            results.write_json(path, collect(folder, key, begun, seed))
+        train(folder, lines[1], begun)
+        points, labels, classes = embedding(folder, args.data, most=1000)
+        torch.cuda.empty_cache()  # for the next run, another process
+        x, y = points.T.astype(float).round(1).tolist()
+        result = collect(folder, key, begun, seed)
+        result["embedding"] = {"x": x, "y": y, "label": labels.tolist(), "classes": classes}
     if file:
         result["weights"] = weights.write(folder, result, file)
-    results.write_json(path, result)
+    for copy in (ended, path):
+        results.write_json(copy, result)
     say(f"{path}: top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}, kNN {result.get('knn')}")
 
 
@@ -158,18 +168,26 @@ def begin(folder, lines):
     if lines != old and lines[:1] == old[:1] and not (folder / LINEAR).exists():
         say(f"note: the linear evaluation has not begun; it was to be: {'; '.join(old[1:])}")
         begun["commands"] = lines
-    elif lines != old:
-        raise UsageError(f"'{folder}' was begun with other options: choose another --name, or remove it")
+    elif [*map(without_folders, lines)] != [*map(without_folders, old)]:
+        text = f"'{folder}' was begun with other options: choose another --name, or remove it. It was begun with: "
+        raise UsageError(text + "; ".join(old))
     return begun
+
+
+def without_folders(line):
+    """The words of a command line, except its folders: they may have moved."""
+    *words, _ = shlex.split(line)
+    return [word for before, word in pairwise(["", *words]) if before not in ("--output-dir", "--pretrained")]
 
 
 def train(folder, line, begun):
     """Runs a command line of a run, or what is left of it, and adds its processor time to `begun`."""
     say(f"$ {line}")
     _, script, *words = shlex.split(line)
-    before = sum(os.times()[2:4])  # of child processes that have ended: user and system
+    before, spent = sum(os.times()[2:4]), begun["cpu_seconds"]  # of child processes that have ended: user and system
+    results.write_json(folder / "begun.json", begun | {"cpu_seconds": None})  # not known if this process is killed
     status = call([sys.executable, str(ROOT / script), *words, "--resume", "auto"])
-    begun["cpu_seconds"] = round(begun["cpu_seconds"] + sum(os.times()[2:4]) - before, 1)
+    begun["cpu_seconds"] = None if spent is None else round(spent + sum(os.times()[2:4]) - before, 1)
     results.write_json(folder / "begun.json", begun)
     if status == 2 and not (folder / checkpoint.LAST).exists():  # nothing has begun: correct the options and repeat
         (folder / "begun.json").unlink()
@@ -251,7 +269,7 @@ def conditions():
 
 
 def hardware():
-    cores, count = os.cpu_count(), torch.cuda.device_count()
+    cores, count = distributed.cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         title = torch.cuda.get_device_name(0)
         name = "-".join(title.lower().removeprefix("nvidia ").split()) + f"-x{count}" * (count > 1)
@@ -267,7 +285,7 @@ def commit():
         return "unknown"
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "*.py"])
     head, changed = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True).stdout.strip() for c in commands)
-    return head + ("-changed" if changed else "")
+    return (head or "unknown") + ("-changed" if changed else "")
 
 
 if __name__ == "__main__":

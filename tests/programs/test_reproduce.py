@@ -128,20 +128,43 @@ def test_a_row_scaled_down(run, tmp_path, monkeypatch):
         "cpu_seconds commit hardware versions seed arch dataset batch_size pretrain_seconds linear_seconds knn measured"
     )
     assert not set(needed.split()) - set(result)
+    path.unlink()
+    again = run("scripts/reproduce.py", *args)
+    assert again.status == 0 and "nothing is trained" in again.out and json.loads(path.read_text()) == result
 
 
 def test_a_run_is_resumed_with_the_commands_that_it_was_started_with(tmp_path):
     import reproduce
 
+    first, second = "python a --lr 1 --output-dir runs data/", "python b --pretrained runs/last data/"
     for _ in range(2):
-        begun = reproduce.begin(tmp_path, ["python a", "python b"])
-        assert begun["commands"] == ["python a", "python b"] and begun["cpu_seconds"] == 0
-    assert reproduce.begin(tmp_path, ["python a", "python c"])["commands"][1] == "python c"  # it has not begun
-    with pytest.raises(UsageError, match="begun with other options"):
-        reproduce.begin(tmp_path, ["python c", "python b"])
+        begun = reproduce.begin(tmp_path, [first, second])
+        assert begun["commands"] == [first, second] and begun["cpu_seconds"] == 0
+    other = second.replace(" b ", " b --lr 2 ")
+    assert reproduce.begin(tmp_path, [first, other])["commands"] == [first, other]  # it has not begun
+    with pytest.raises(UsageError, match=f"begun with other options.*: {first}"):
+        reproduce.begin(tmp_path, [first.replace("--lr 1", "--lr 2"), second])
     (tmp_path / checkpoint.LINEAR).touch()
     with pytest.raises(UsageError, match="begun with other options"):
-        reproduce.begin(tmp_path, ["python a", "python c"])
+        reproduce.begin(tmp_path, [first, other])
+    moved = [line.replace("data/", "/more/data").replace("runs", "/more/runs") for line in (first, second)]
+    assert reproduce.begin(tmp_path, moved)["commands"] == [first, second]
+
+
+def test_the_processor_time_of_a_run_that_was_killed_is_not_known(tmp_path, monkeypatch):
+    import reproduce
+
+    def killed(command):
+        raise KeyboardInterrupt
+
+    begun = reproduce.begin(tmp_path, ["python a --output-dir runs data/"])
+    monkeypatch.setattr(reproduce, "call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.train(tmp_path, "python a data/", begun)
+    begun = reproduce.begin(tmp_path, begun["commands"])
+    monkeypatch.setattr(reproduce, "call", lambda command: 0)
+    reproduce.train(tmp_path, "python a data/", begun)
+    assert json.loads((tmp_path / "begun.json").read_text())["cpu_seconds"] is None
 
 
 def test_a_hangup_is_ignored_under_nohup_and_else_saves():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_extract(run, trained, folder, tmp_path):
     refused(run("scripts/extract.py", last, data, "--out", tmp_path / "no/f.npz"), 2, "there is no folder")
     torch.save({"state_dict": {"module.weight": torch.zeros(1)}}, tmp_path / "other.pth.tar")
     refused(run("scripts/extract.py", tmp_path / "other.pth.tar", data, "--out", tmp_path / "f.npz"), 1, "no ResNet")
+
+
+def test_classes_that_look_like_formulas_can_be_drawn():
+    import picture
+
+    figure, axes = plt.subplots()
+    (name,) = picture.drawable(["cost $5_$6"])
+    axes.set_title(name)
+    figure.canvas.draw()
+    plt.close(figure)
 
 
 def test_export(run, trained, tmp_path):

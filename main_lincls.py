@@ -73,7 +73,8 @@ def prepare(args: Namespace, device: torch.device) -> None:
 
     if args.evaluate:
         top1, top5, *_ = validate()
-        say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={int(saved.get('epoch', 0)) - 1}")
+        epoch = int(saved.get("epoch", 0)) - (not saved.get("step"))  # of its last step
+        say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={epoch}")
         return
     if args.resume:
         checkpoint.compare_options(saved["options"], args, source)
@@ -85,6 +86,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
             f"'{source}' was trained with --aug-crop: its views are for images of one size up to "
             f"{datasets.LARGEST_SIDE} pixels, which must be --image-size (here {args.image_size})"
         )
+    options.agree(args, split, saved if args.resume else None, device)
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args = options.complete(args, split, -(-len(split) // args.batch_size), device)
@@ -168,7 +170,8 @@ def train(
             say(f"continuing at epoch {run.epoch} of '{source}'")
     else:
         torch.manual_seed(args.seed)
-        nn.init.normal_(classifier.weight, std=0.01)
+        weight = nn.init.normal_(torch.empty(classifier.weight.shape), std=0.01)  # on the CPU: the same on any device
+        classifier.weight.data.copy_(weight)
         nn.init.zeros_(classifier.bias)
     say(
         f"linear classifier of {len(split.classes)} classes on {args.arch} from '{source}': {len(split):,} images, "
@@ -209,12 +212,12 @@ def train(
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
                 best = dict(top1=top1, top5=top5, epoch=epoch)
+            run.log(row)
+            save(epoch + 1, {"confusion": confusion})
             say(
                 f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, "
                 f"top-5 {best['top5']:.2f} (epoch {best['epoch']})"
             )
-            run.log(row)
-            save(epoch + 1, {"confusion": confusion})
             if run.stopping:
                 run.exit_saved()
     if best is None:

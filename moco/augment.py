@@ -167,7 +167,8 @@ class Views:
     ):
         self.recipe = recipe
         self.mean, self.std = (constant(tuple(values), device) for values in (mean, std))
-        wrap = torch.compile if compile else lambda function: function
+        # A program for each size: of the last batch, too.
+        wrap = partial(torch.compile, dynamic=False) if compile else lambda function: function
         self.crop = wrap(flip if cropped else crop)
         self.gray, self.blur, self.finish = wrap(gray), wrap(blur), wrap(finish)
         self.colours = [wrap(function) for function in (brightness, contrast, saturation, hue)]

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from multiprocessing import queues
+from multiprocessing.util import get_temp_dir
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from moco.run import ignore_signals
 # The kinds of random choices, a part of their seeds: no two kinds share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
 SHARED_MEMORY = "/dev/shm"  # where data-loading workers put their batches
+LONGEST_TMPDIR = 107 - len("/listener-01234567")  # a socket's path has at most 107 bytes
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -160,7 +163,8 @@ class Files:
     def start(self, epoch: int, first: int) -> Iterator[Tensor]:
         epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
         items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
-        return load_batches(self.dataset, items, steps, share, self.workers, self.device)
+        crop = self.dataset.empty.shape[2:].numel()  # as large as an evaluation's
+        return load_batches(self.dataset, items, steps, share, self.workers, self.device, beside=crop)
 
     def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
         """The items (epoch, row) that this process's workers load for each step."""
@@ -175,32 +179,42 @@ class Files:
 
 
 def load_batches(
-    dataset: "Decoded", items: Iterable[list], steps: int, share: int, workers: int, device: torch.device
+    dataset: "Decoded",
+    items: Iterable[list],
+    steps: int,
+    share: int,
+    workers: int,
+    device: torch.device,
+    beside: int = 0,
 ) -> Iterator[Tensor]:
     """Yields the batch that `dataset` makes of each step's items, in data-loading workers.
 
     Args:
         items: for each of the `steps` steps, at most `share` of them. workers: of this machine, over all its processes.
+        beside: bytes per item that other workers will need while these have batches ready, in an evaluation.
     Raises:
         RunError: an image cannot be read, or there is too little shared memory.
     """
     processes = distributed.processes_on_node
     workers = min(-(-workers // processes), distributed.cores(), steps)
     if workers and os.path.isdir(SHARED_MEMORY):
-        size = share * dataset.empty.shape[1:].numel()
-        free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * workers, steps) * size * processes
+        # Each worker has two batches ready; without a copy on a GPU the loop has the last one and the one before.
+        size = share * (dataset.empty.shape[1:].numel() + beside)
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * workers + 2, steps) * size * processes
         if free < needed:
             raise RunError(
                 f"{SHARED_MEMORY} has {free >> 20} MiB free, and {workers * processes} data-loading workers need "
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
             )
+    if workers and len(os.fsencode(get_temp_dir())) > LONGEST_TMPDIR:
+        raise RunError(f"TMPDIR is too long for the sockets of data-loading workers: '{get_temp_dir()}' (or use -j 0)")
     loader = DataLoader(
         dataset,
         batch_sampler=items,
         collate_fn=default_convert,  # unchanged
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
     )
     iterator = iter(loader)
     if workers:  # they ignore signals: a program that does not close this generator would wait for them at its end
@@ -216,6 +230,15 @@ def load_batches(
         if workers:
             iterator._shutdown_workers()
             atexit.unregister(iterator._shutdown_workers)
+
+
+def begin_worker(worker: int) -> None:
+    """Makes a worker leave signals to the training process, and end if it cannot pass on a batch.
+
+    By itself it would only print why (a full SHARED_MEMORY), and the run would wait for that batch for ever.
+    """
+    ignore_signals()
+    queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
 class Decoded(Dataset):

@@ -82,6 +82,11 @@ class Writer:
         if self.writing:
             self.writing.result()
 
+    def check(self) -> None:
+        """As `finish`, if the last checkpoint has ended; does not wait."""
+        if self.writing and self.writing.done():
+            self.finish()
+
     def close(self, failed: bool) -> None:
         """Completes the last checkpoint. `failed`: the run has an error already, so do not raise another."""
         self.thread.shutdown()
@@ -180,9 +185,9 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
     path = Path(folder, last)
     if resume == "":
         raise UsageError("--resume '' does not name a checkpoint")
-    if resume is None and path.is_file():
-        say(f"note: '{path}' will be overwritten; --resume auto continues it")
     if resume != "auto":
+        if path.is_file() and not (resume and os.path.realpath(resume) == os.path.realpath(path)):
+            say(f"note: '{path}' will be overwritten; --resume auto continues it")
         return resume
     finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))
     if 0 < finders < distributed.world_size():
@@ -203,7 +208,10 @@ def compare_data(saved: dict, images: int, classes: list[str], path: str) -> Non
     compare_classes(saved["options"].get("classes"), classes, path)
     then = saved["options"].get("images", images)
     if then != images and saved.get("step"):
-        raise UsageError(f"checkpoint '{path}' is from within an epoch of {then} images, and this data has {images}")
+        raise UsageError(
+            f"checkpoint '{path}' is from within an epoch of {then} images, and this data has {images}: to continue, put "
+            "the missing images back, or others in their place"
+        )
     if then != images:
         say(f"note: the training images were {then} and are now {images}")
 

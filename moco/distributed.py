@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,12 @@ def broadcast(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def same(text: bytes, device: torch.device) -> bool:
+    """Whether all processes have the same text."""
+    digests = all_gather(torch.tensor([list(sha256(text).digest())], device=device))
+    return bool((digests == digests[0]).all())
 
 
 def my_rows(x: Tensor) -> Tensor:

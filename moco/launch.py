@@ -45,7 +45,7 @@ def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
         sys.exit(130)
     except (UsageError, RunError) as error:
         report_and_exit(error, process)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         report_and_exit(explained(error), process)
 
 
@@ -121,7 +121,10 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not "Terminating process"
     context = mp.start_processes(run, (worker, processes, backend), len(processes), join=False)
 
+    asked = []
+
     def pass_on(number, frame):
+        asked.append(signal.Signals(number))
         for pid in context.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -134,6 +137,9 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
     except mp.ProcessExitedException as error:
         if error.signal_name is None:  # the failed process has printed its error
             sys.exit(error.exit_code)
+        for number in asked:
+            if number.name == error.signal_name:  # before it could handle signals
+                sys.exit(128 + number)
         text = f"process {error.error_index} of {len(processes)} was ended by {error.signal_name}; {ADVICE}"
         report_and_exit(RunError(text), processes[error.error_index] | dict(LOCAL_RANK="0"))
 
@@ -171,7 +177,11 @@ def choose_device(gpu: int | None = None) -> torch.device:
     if gpu is None and 1 < gpus < processes:
         raise UsageError(f"{processes} processes need a GPU each: this machine shows {gpus}")
     device = torch.device("cuda", gpu if gpu is not None else distributed.local_rank if gpus > 1 else 0)
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        text = f"the GPU cannot be used: {first_line(error)} (CUDA_VISIBLE_DEVICES= trains on the CPU)"
+        raise RunError(text) from None
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means float32; bf16 is for speed
     return device
@@ -181,6 +191,9 @@ def join_group(device: torch.device, backend: str, world_size: int) -> None:
     try:
         dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
     except (dist.DistError, RuntimeError, ValueError) as error:
+        if "NCCL" in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            raise RunError(f"NCCL cannot connect the {world_size} processes: {reason}") from None
         raise RunError(
             f"the {world_size} processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"(--dist-url) within {PATIENCE.total_seconds() / 60:g} minutes: {first_line(error)}"
@@ -193,11 +206,13 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def explained(error: RuntimeError) -> RunError:
+def explained(error: RuntimeError | OSError) -> RunError:
     """A one-line error for a known failure; any other is raised again, as a bug."""
+    if isinstance(error, OSError) and error.strerror:
+        return RunError(f"'{error.filename}': {error.strerror}" if error.filename else error.strerror)
     lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return RunError(f"out of memory: a smaller -b or --moco-k may fit ({lines[0]})")
+    if any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED")):
+        return RunError(f"out of memory: a smaller -b or --moco-k, or no --knn-freq, may fit ({lines[0]})")
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
         return RunError(WORKER_DIED)
     if distributed.lost_connection(error):
@@ -216,7 +231,8 @@ def report_and_exit(error: UsageError | RunError, process: Mapping[str, str] | N
     if process and process["WORLD_SIZE"] != "1":
         text += f" (rank {process['RANK']} on {socket.gethostname()})"
         time.sleep((GRACE + 2) * (isinstance(error, LostError) + (process["LOCAL_RANK"] != "0")))
-    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # stderr may be a closed pipe
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         # Without the normal exit: destroying the group while its processes end one by one can hang or abort.
         sys.stdout.flush()

@@ -272,6 +272,8 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     args = resolve(args, device)
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)
+        if (then := theirs.get("holdout", 0)) != args.holdout:
+            say(f"note: --holdout was {then} and is now {args.holdout}")
         return args
     args.seed = shared_seed(theirs.get("seed") if args.resume and args.seed is None else args.seed, device)
     return args
@@ -297,6 +299,20 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     return args
 
 
+def agree(args: Namespace, split: datasets.Split, saved: dict | None, device: torch.device) -> None:
+    """UsageError: the processes differ in options, training images, or the checkpoint to resume, if any, `saved`."""
+    if distributed.world_size() == 1:
+        return
+    of_all = {
+        "options": {name: vars(args).get(name) for name in args.when_resumed},
+        "training images": [split.classes, split.labels.tolist(), list(map(os.path.basename, split.paths or []))],
+        "checkpoint to resume": saved and (saved.get("epoch"), saved.get("step")),
+    }
+    for what, value in of_all.items():
+        if not distributed.same(repr(value).encode(), device):
+            raise UsageError(f"the processes differ in their {what}, see docs/clusters.md")
+
+
 def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
     """The final options, with what depends on the training images. `steps`: per epoch.
 
@@ -311,6 +327,10 @@ def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.d
 def can_compile(device: torch.device) -> bool:
     """Is there Triton with all that it needs? Images with only CUDA's runtime have neither a C compiler nor Python.h."""
     if not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    try:
+        torch.compile(torch.nn.Identity())  # compiles nothing yet
+    except RuntimeError:  # PyTorch does not know this version of Python
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()

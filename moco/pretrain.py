@@ -65,6 +65,7 @@ def prepare(
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
     if args.aug_crop and not split.of_side(args.image_size):
         raise UsageError(f"--aug-crop is for images of --image-size {args.image_size} only: choose other views")
+    options.agree(args, split, saved, device)
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
     validation = load(False) if args.knn_freq or method.labels_only else None
@@ -134,8 +135,8 @@ def fit(
                     run.exit_saved()
                 row |= measure(method, model, args, epoch, split, validation, device)
             run.log(row)
-            describe(epoch, row, args)
             save(epoch + 1)  # after the log: a resumed run replaces the rows after its checkpoint
+            describe(epoch, row, args)
             if run.stopping:
                 run.exit_saved()
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -91,11 +91,13 @@ class Run:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         if self.table:
             self.table.close()
-        self.writer.close(failed=kind is not None)
+        try:
+            self.writer.close(failed=kind is not None)
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
     def ask(self, number, frame) -> None:
         """Handles a signal. A second SIGINT ends the run at once; schedulers send the others more than once."""
@@ -145,7 +147,12 @@ class Run:
                     "The last checkpoint is from before it"
                 )
         moved, self.step, self.lr, self.stopping = step + 1 - self.step, step + 1, lr, asked > 0
-        self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
+        self.writer.check()
+        try:
+            self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
+        except RunError:
+            if not self.signal:  # Ctrl-C also ends `tee`, which reads stdout: save all the same
+                raise
 
     def show(self, moved: int, **values: str) -> None:
         """After `moved` more steps: a bar on a terminal, MoCo-style lines elsewhere."""
@@ -213,12 +220,13 @@ class Run:
         """Waits for the checkpoint and exits, as all processes have agreed."""
         self.writer.finish()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
-        say(f"stopped {where}; --resume auto continues from there")
+        with suppress(RunError):
+            say(f"stopped {where}; --resume auto continues from there")
         distributed.barrier()  # until rank 0 has saved: the launcher ends all processes when one exits
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
 
-def ignore_signals(worker: int = 0) -> None:
+def ignore_signals() -> None:
     """For data-loading workers: the training process handles signals, and still needs them for its last step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -256,6 +264,8 @@ class Log:
                 table = csv.DictWriter(file, self.columns, extrasaction="ignore", lineterminator="\n")
                 table.writeheader()
                 table.writerows(self.rows)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(tmp, self.path)
             for name, value in values.items():
                 self.writer.add_scalar(name, value, epoch)
@@ -264,7 +274,8 @@ class Log:
             raise RunError(f"'{self.path}' or tensorboard/ next to it cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        self.writer.close()
+        with suppress(OSError):  # `add` has reported it
+            self.writer.close()
 
 
 def all_but_os_errors(error: threading.ExceptHookArgs) -> None:

@@ -30,6 +30,10 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it f
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
+for last in "$out"/*_last.pth.tar; do # after --resume PATH, too, a requeued job continues from its own checkpoint
+    [ -e "$last" ] && set -- "$@" --resume auto && break
+done
+
 # Each task sets torchrun's variables. With exec, the program itself gets the signals and gives the exit status, not a shell.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c '

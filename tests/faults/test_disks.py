@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from helpers import SHORT, TINY, TINY_MOCO, no_space, refused
 from moco import checkpoint
@@ -33,7 +34,7 @@ def test_paths_that_cannot_be_written(run, tmp_path):
 def test_a_disk_that_fills_up_stops_the_run(run, tmp_path, monkeypatch):
     run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
     before = (tmp_path / "checkpoint_last.pth.tar").read_bytes()
-    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(torch, "save", lambda content, file: no_space(file))
     done = run("main_moco.py", TINY_MOCO, "--epochs 3 --resume auto --output-dir", tmp_path)
     refused(done, 1, "checkpoint_last.pth.tar' could not be written", "the previous one is intact")
     assert (tmp_path / "checkpoint_last.pth.tar").read_bytes() == before

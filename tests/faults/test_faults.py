@@ -13,6 +13,8 @@ import pytest
 
 from helpers import TINY, TINY_MOCO, assert_equal_runs, rows
 from moco import checkpoint
+from moco.errors import RunError
+from moco.run import Run
 from processes import ROOT, start, until
 
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=50 for a long test
@@ -86,6 +88,42 @@ def test_output_that_cannot_be_written_stops_the_run(tmp_path, full):
         os.close(writer)
         message = f"{Path(script).name}: error: stdout cannot be written: "
         assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done
+
+
+@pytest.mark.parametrize("script", ["main_moco.py", "main_lincls.py"])
+def test_an_interrupt_that_also_ends_what_reads_stdout(script, run, trained, tmp_path, monkeypatch):
+    """A terminal sends Ctrl-C to `tee`, too. The run saves all the same."""
+    show = Run.show
+
+    def closed(text):
+        raise RunError("stdout cannot be written: Broken pipe")
+
+    def interrupted(self, *args, **values):
+        if not self.signal:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr("moco.run.say", closed)
+        show(self, *args, **values)
+
+    monkeypatch.setattr(Run, "show", interrupted)
+    data, pretrained, _ = trained
+    more = {"main_moco.py": "--moco-k 32 -a resnet20", "main_lincls.py": f"--pretrained {pretrained}"}[script]
+    done = run(script, more, "--image-size 12 -b 2 -p 1 --seed 0 --output-dir", tmp_path / "out", data)
+    assert done.status == 130 and not done.err, done
+    (last,) = (tmp_path / "out").glob("*_last.pth.tar")
+    assert checkpoint.load(last)["step"] == 2  # it was sent while the first line was printed
+
+
+def test_a_signal_during_the_last_save(run, tmp_path, monkeypatch):
+    """It changes nothing: the run is complete."""
+    close = checkpoint.Writer.close
+
+    def signalled(self, failed):
+        os.kill(os.getpid(), signal.SIGINT)
+        close(self, failed)
+
+    monkeypatch.setattr(checkpoint.Writer, "close", signalled)
+    assert run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path).status == 0
+    assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["epoch"] == 1
 
 
 def test_the_linear_evaluation_is_interrupted_and_goes_on(run, tmp_path):

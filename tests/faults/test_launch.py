@@ -8,8 +8,10 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.multiprocessing as mp
 
 from helpers import SHORT, TINY, TINY_MOCO, error_line, refused
 from moco import launch
@@ -137,6 +139,7 @@ def test_the_sbatch_file(tmp_path):
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     for epochs, status in ((5000, 138), (8, 0)):
         args = [ROOT / "main_moco_out.py", TINY_MOCO, f"--epochs {epochs}"]
+        args += [] if status else ["--resume elsewhere.pth.tar"]  # it has a checkpoint of its own by then
         run = start("scripts/slurm.sh", *args, launcher=["bash"], env=environment, cwd=tmp_path)
         if status:
             assert "on 2 processes" in until(run, "Epoch: [0]")
@@ -149,6 +152,22 @@ def test_the_sbatch_file(tmp_path):
             (tmp_path / "scontrol.called").unlink()
     assert not (tmp_path / "scontrol.called").exists()
     assert (tmp_path / "runs/slurm-41/checkpoint_0007.pth.tar").is_file()
+
+
+def test_a_signal_before_the_processes_can_handle_it(monkeypatch):
+    """They die of it, and the status is that of a single process."""
+
+    def join(grace_period):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise mp.ProcessExitedException("", 0, 1, -signal.SIGUSR1, "SIGUSR1")
+
+    context = SimpleNamespace(join=join, pids=list)
+    monkeypatch.setattr(mp, "start_processes", lambda *args, **options: context)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with pytest.raises(SystemExit, match="138"):
+        launch.spawn(print, [{}, {}], None)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_the_options_in_the_sbatch_file():

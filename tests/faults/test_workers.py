@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,28 @@ def test_a_worker_that_dies_in_a_script(run, photos, tmp_path, monkeypatch):
     last = tmp_path / "checkpoint_last.pth.tar"
     for script, *args in (("picture.py", tmp_path), ("extract.py", last, data, "--out", tmp_path / "features.npz")):
         refused(run(f"scripts/{script}", *args), 1, "a data-loading worker died")
+
+
+def test_a_batch_that_cannot_be_passed_on(run, photos, tmp_path, monkeypatch):
+    """As where /dev/shm fills up. By itself the worker would print a traceback, and the run would wait for ever."""
+    here, dumps = os.getpid(), ForkingPickler.dumps
+
+    def refuse(content, protocol=None):
+        if os.getpid() != here:
+            raise OSError(28, "No space left on device")
+        return dumps(content, protocol)
+
+    monkeypatch.setattr(ForkingPickler, "dumps", refuse)
+    done = run("main_moco.py", PHOTOS_MOCO, "-j 2 --output-dir", tmp_path / "out", photos())
+    refused(done, 1, "a data-loading worker died")
+
+
+def test_a_temporary_folder_with_a_long_name(run, photos, tmp_path, monkeypatch):
+    """Workers make a socket in it."""
+    monkeypatch.setattr(batches, "get_temp_dir", lambda: "/" + 89 * "x")
+    args = [PHOTOS_MOCO, "--epochs 1 --output-dir", tmp_path / "out", photos()]
+    refused(run("main_moco.py", *args, "-j 2"), 1, "TMPDIR is too long", "-j 0")
+    assert run("main_moco.py", *args, "-j 0").status == 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])

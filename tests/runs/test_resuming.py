@@ -161,6 +161,8 @@ def test_linear_evaluation_stops_and_resumes_within_an_epoch(views, lines, run, 
     stopped = run("main_lincls.py", *args, tmp_path / "parts")
     assert stopped.status == 143 and f"in epoch 0 after step {lines + 1}" in stopped.out
     assert not (tmp_path / "parts/linear.csv").exists()
+    last = tmp_path / "parts/linear_last.pth.tar"
+    assert "epoch=0" in run("main_lincls.py", "-e --resume", last, "--dataset digits").out
     done = run("main_lincls.py", *args, tmp_path / "parts", "--resume auto")
     assert done.status == 0, done.err
     assert_equal_classifiers(tmp_path / "whole", tmp_path / "parts")

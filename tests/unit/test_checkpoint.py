@@ -29,6 +29,23 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         writer.finish()
 
 
+def test_a_failed_save_is_noticed_before_the_next(tmp_path):
+    (tmp_path / "last.tmp").mkdir()
+    writer = checkpoint.Writer()
+    writer.check()  # nothing has been written
+    writer.save([tmp_path / "last"], {})
+    writer.thread.shutdown()
+    with pytest.raises(RunError, match="Is a directory"):
+        writer.check()
+
+
+def test_a_checkpoint_that_will_be_overwritten_is_named(tmp_path, capsys):
+    (tmp_path / checkpoint.LAST).touch()
+    for resume, named in ((None, True), ("old.pth.tar", True), (str(tmp_path / "." / checkpoint.LAST), False)):
+        assert checkpoint.find(resume, str(tmp_path), torch.device("cpu")) == resume
+        assert ("will be overwritten" in capsys.readouterr().out) == named
+
+
 def test_a_full_disk_is_named_in_the_error(tmp_path):
     """torch itself reports 'enforce fail at inline_container.cc'."""
     os.symlink("/dev/full", tmp_path / "a.tmp")

@@ -8,7 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers import on_processes
 from moco import augment, datasets, distributed, methods, options
+from moco.errors import UsageError
 
 NAMES = (
     "-a -j --epochs --start-epoch -b --lr --schedule --momentum --wd -p --resume --seed --gpu --world-size "
@@ -95,6 +97,33 @@ def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
     monkeypatch.setattr(distributed, "broadcast", lambda x: x.fill_(7))
     assert options.shared_seed(None, torch.device("cpu")) == 7
     assert options.shared_seed(3, torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [
+        ("options", lambda args, split, saved: setattr(args, "lr", 0.2)),
+        ("training images", lambda args, split, saved: split.labels.fill_(1)),
+        ("training images", lambda args, split, saved: split.paths.sort(reverse=True)),
+        ("checkpoint to resume", lambda args, split, saved: saved.update(step=7)),
+        (None, lambda args, split, saved: setattr(args, "workers", 3)),
+    ],
+)
+def test_processes_that_differ_are_refused(what, change):
+    def agree():
+        args = Namespace(lr=0.1, workers=2, when_resumed=dict(lr=("--lr", False, 0.1)))
+        split = datasets.Split(torch.tensor([0, 1]), ["cat", "dog"], paths=["a/cat/0.png", "a/dog/1.png"])
+        saved = dict(epoch=3, step=6)
+        if distributed.rank() == 1:
+            split.paths = [path.replace("a/", "b/") for path in split.paths]  # a folder of its own is fine
+            change(args, split, saved)
+        try:
+            return options.agree(args, split, saved, torch.device("cpu"))
+        except UsageError as error:
+            return str(error)
+
+    expected = what and f"the processes differ in their {what}, see docs/clusters.md"
+    assert on_processes(agree, 2) == [expected] * 2
 
 
 @pytest.mark.parametrize(

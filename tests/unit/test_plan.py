@@ -11,7 +11,7 @@ import torch
 
 from helpers import TINY
 from moco import distributed, launch, methods
-from moco.errors import UsageError
+from moco.errors import RunError, UsageError
 from processes import ROOT
 
 NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
@@ -139,9 +139,39 @@ def test_a_process_that_leaves_ignores_sigterm(monkeypatch):
 
 
 def test_the_out_of_memory_error_names_options_to_reduce():
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CPUAllocator: can't allocate memory")):
+    errors = ["CPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), *map(RuntimeError, errors)):
         text = str(launch.explained(error))
         assert "-b" in text and "--moco-k" in text and str(error) in text
+
+
+def test_errors_outside_of_a_run_are_one_line(capsys):
+    for error, message in (
+        (PermissionError(13, "Permission denied", "data/train"), "'data/train': Permission denied"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+    ):
+        with pytest.raises(SystemExit, match="1"), launch.reporting():
+            raise error
+        assert capsys.readouterr().err.endswith(f"error: {message}\n")
+
+
+def test_a_gpu_that_cannot_be_used(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("The NVIDIA driver on your system is too old.\nMore lines")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(RunError, match="the GPU cannot be used: The NVIDIA driver on your system is too old"):
+        launch.choose_device()
+
+
+def test_the_reason_of_nccl_is_its_last_line(monkeypatch):
+    def refuse(*args, **options):
+        raise torch.distributed.DistBackendError("NCCL error in: a.cpp:77, invalid usage\nDuplicate GPU detected")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    with pytest.raises(RunError, match="NCCL cannot connect the 2 processes: Duplicate GPU detected"):
+        launch.join_group(torch.device("cpu"), "nccl", 2)
 
 
 @pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])

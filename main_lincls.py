@@ -39,13 +39,15 @@ def main() -> None:
 
 def evaluate_linear(args: Namespace, device: torch.device) -> None:
     """Evaluates, or trains while no other linear evaluation may use the output folder."""
+    options.agree(args, device)  # before any other collective
     with nullcontext() if args.evaluate else lock(args.output_dir, "linear"):
         prepare(args, device)
 
 
 def prepare(args: Namespace, device: torch.device) -> None:
     """Loads encoder and images, then evaluates or trains a classifier."""
-    args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR)
+    if not args.evaluate or args.resume == "auto":  # -e writes nothing
+        args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR)
     source, saved, weights = read(args)
     args = options.resolve_linear(args, device, source, saved, weights)
 
@@ -86,7 +88,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
             f"'{source}' was trained with --aug-crop: its views are for images of one size up to "
             f"{datasets.LARGEST_SIDE} pixels, which must be --image-size (here {args.image_size})"
         )
-    options.agree(args, split, saved if args.resume else None, device)
+    options.agree(args, device, split, saved if args.resume else None)
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args = options.complete(args, split, -(-len(split) // args.batch_size), device)
@@ -170,8 +172,8 @@ def train(
             say(f"continuing at epoch {run.epoch} of '{source}'")
     else:
         torch.manual_seed(args.seed)
-        weight = nn.init.normal_(torch.empty(classifier.weight.shape), std=0.01)  # on the CPU: the same on any device
-        classifier.weight.data.copy_(weight)
+        # On the CPU: the same on any device.
+        classifier.weight.data.copy_(nn.init.normal_(torch.empty(classifier.weight.shape), std=0.01))
         nn.init.zeros_(classifier.bias)
     say(
         f"linear classifier of {len(split.classes)} classes on {args.arch} from '{source}': {len(split):,} images, "
@@ -201,25 +203,23 @@ def train(
                 run.add(step, loss * distributed.world_size())  # the mean of these is the global batch's
                 if run.due(step):
                     run.sync(step, lr)
-                    if run.stopping and step + 1 < len(batches):
+                    if run.saving and step + 1 < len(batches):
                         save(epoch, run.state())
-                        run.exit_saved()
+                        run.exit_if_stopping()
             row = run.summary()
             save(epoch, run.state(row))  # before the evaluation, so that a failure there loses no epoch
-            if run.stopping:
-                run.exit_saved()
+            run.exit_if_stopping()
             top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)
             if best is None or top1 > best["top1"]:
                 best = dict(top1=top1, top5=top5, epoch=epoch)
             run.log(row)
             save(epoch + 1, {"confusion": confusion})
-            say(
+            run.say(
                 f"epoch {epoch}: top-1 {top1:.2f}, top-5 {top5:.2f}; best top-1 {best['top1']:.2f}, "
                 f"top-5 {best['top5']:.2f} (epoch {best['epoch']})"
             )
-            if run.stopping:
-                run.exit_saved()
+            run.exit_if_stopping()
     if best is None:
         raise UsageError(f"no epoch to train: {run.epoch} of {args.epochs} are done")
     if counts is not None:

@@ -8,12 +8,13 @@ data-loading workers.
 import atexit
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import queues
-from multiprocessing.util import get_temp_dir
+from tempfile import gettempdir
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from moco.run import ignore_signals
 # The kinds of random choices, a part of their seeds: no two kinds share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
 SHARED_MEMORY = "/dev/shm"  # where data-loading workers put their batches
-LONGEST_TMPDIR = 107 - len("/listener-01234567")  # a socket's path has at most 107 bytes
+LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -71,7 +72,7 @@ class Batches:
         drop_last: omit the last batch if it is smaller than the others.
         workers: data-loading workers of this machine, over all its processes. They prepare the next epoch, up to
             `epochs`, during the current one.
-        compile: torch.compile the views.
+        compile: torch.compile the views. evaluated: images are evaluated during the training.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Batches:
         workers: int = 8,
         epochs: int = 1,
         compile: bool = False,
+        evaluated: bool = True,
     ):
         if drop_last and len(split) < batch_size:
             raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {batch_size})")
@@ -96,7 +98,9 @@ class Batches:
         self.plan = Plan(len(split), batch_size, seed, drop_last)
         self.labels, self.images = split.labels.to(device), split.images
         in_files = split.images is None
-        self.files = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device) if in_files else None
+        self.files = (
+            Files(Crops(split, recipes, seed), self.plan, epochs, workers, device, evaluated) if in_files else None
+        )
         self.views = [augment.Views(r, mean, std, device, compile, cropped=in_files) for r in recipes]
 
     def __len__(self) -> int:
@@ -146,8 +150,9 @@ class Batches:
 class Files:
     """Images in files, decoded and cropped by data-loading workers, which live for all epochs."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
+    def __init__(self, dataset: "Crops", plan: Plan, epochs: int, workers: int, device: torch.device, evaluated: bool):
         self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
+        self.beside = dataset.empty.shape[2:].numel() * evaluated  # an evaluation's crop is as large as one of these
         self.stream, self.next = None, None  # the workers' batches, and the (epoch, step) of the next one
 
     def __call__(self, epoch: int, step: int) -> list[Tensor]:
@@ -163,8 +168,7 @@ class Files:
     def start(self, epoch: int, first: int) -> Iterator[Tensor]:
         epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
         items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
-        crop = self.dataset.empty.shape[2:].numel()  # as large as an evaluation's
-        return load_batches(self.dataset, items, steps, share, self.workers, self.device, beside=crop)
+        return load_batches(self.dataset, items, steps, share, self.workers, self.device, self.beside)
 
     def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
         """The items (epoch, row) that this process's workers load for each step."""
@@ -206,8 +210,8 @@ def load_batches(
                 f"{SHARED_MEMORY} has {free >> 20} MiB free, and {workers * processes} data-loading workers need "
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
             )
-    if workers and len(os.fsencode(get_temp_dir())) > LONGEST_TMPDIR:
-        raise RunError(f"TMPDIR is too long for the sockets of data-loading workers: '{get_temp_dir()}' (or use -j 0)")
+    if workers and len(os.fsencode(gettempdir())) > LONGEST_TMPDIR:
+        raise RunError(f"TMPDIR is too long for the sockets of data-loading workers: '{gettempdir()}' (or use -j 0)")
     loader = DataLoader(
         dataset,
         batch_sampler=items,
@@ -215,8 +219,12 @@ def load_batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=begin_worker,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # workers then share the paths
     )
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        raise RunError(f"data-loading workers cannot be started: {error.strerror}; try a smaller -j") from None
     if workers:  # they ignore signals: a program that does not close this generator would wait for them at its end
         atexit.register(iterator._shutdown_workers)
     try:

@@ -185,11 +185,11 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
     path = Path(folder, last)
     if resume == "":
         raise UsageError("--resume '' does not name a checkpoint")
+    finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))  # only some may have --resume
     if resume != "auto":
         if path.is_file() and not (resume and os.path.realpath(resume) == os.path.realpath(path)):
             say(f"note: '{path}' will be overwritten; --resume auto continues it")
         return resume
-    finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))
     if 0 < finders < distributed.world_size():
         raise UsageError(f"only some machines find a checkpoint to resume: they must share --output-dir {folder}")
     return str(path) if finders else None
@@ -198,7 +198,7 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
 def compare_classes(saved: list[str] | None, classes: list[str], path: str | Path) -> None:
     """UsageError: the checkpoint was trained on other classes than `classes`. `saved`: its own, None if it does not say."""
     if saved not in (None, classes):
-        other = [f"'{name}'" for name in [*saved, *classes] if name not in saved or name not in classes]
+        other = [f"'{name}'" for name in sorted({*saved} ^ {*classes})]
         which = f" ({', '.join(other[:5])})" if other else ", in another order"
         raise UsageError(f"checkpoint '{path}' was trained on other classes than those of this data{which}")
 
@@ -209,8 +209,8 @@ def compare_data(saved: dict, images: int, classes: list[str], path: str) -> Non
     then = saved["options"].get("images", images)
     if then != images and saved.get("step"):
         raise UsageError(
-            f"checkpoint '{path}' is from within an epoch of {then} images, and this data has {images}: to continue, put "
-            "the missing images back, or others in their place"
+            f"checkpoint '{path}' is from within an epoch of {then} images, and this data has {images}: to continue, "
+            "restore the images that it had"
         )
     if then != images:
         say(f"note: the training images were {then} and are now {images}")

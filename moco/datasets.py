@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
+from os.path import basename, dirname
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,8 +63,9 @@ class Split:
 
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
         """(n,) int64: the rows that a slice selects within each class, sorted. Unlabelled images are left out."""
-        each = [(self.labels == label).nonzero().squeeze(1)[part] for label in range(len(self.classes))]
-        return torch.cat(each).sort().values
+        counts = (self.labels + 1).bincount(minlength=len(self.classes) + 1).tolist()
+        _, *each = self.labels.argsort(stable=True).split(counts)  # the unlabelled come first
+        return torch.cat([rows[part] for rows in each]).sort().values
 
     def of_each_class(self, part: slice) -> "Split":
         """The images that a slice selects within each class, and all that have no label."""
@@ -225,11 +228,11 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     classes = found = class_folders(root)
     if not train and Path(folder, "train").is_dir():
         if missing := set(found) ^ set(class_folders(Path(folder, "train"))):
-            raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing))}")
+            raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing)[:5])}")
     elif trained_on:
         classes = trained_on
         if missing := set(found) - set(classes):
-            raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing))}")
+            raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing)[:5])}")
     skipped = Counter()
     numbers = {name: number for number, name in enumerate(classes)}
     images = [(path, numbers[name]) for name in found for path in images_below(root / name, skipped)]
@@ -245,9 +248,16 @@ def images_without_label(folder: str, train: list[str]) -> list[str]:
     root, skipped = os.path.join(folder, "unlabelled", ""), Counter()
     found = images_below(root, skipped)
     announce(skipped, root)
-    labelled = {os.path.realpath(path): path for path in train}
+    real_folder = cache(os.path.realpath)
+
+    def real(path):
+        return (
+            os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(dirname(path)), basename(path))
+        )
+
+    labelled = {real(path): path for path in train}
     for path in found:
-        if same := labelled.get(os.path.realpath(path)):
+        if same := labelled.get(real(path)):
             raise UsageError(f"'{path}' is the same file as '{same}': unlabelled/ and train/ must not share images")
     return found
 
@@ -339,8 +349,9 @@ def decode(paths: Sequence[str]) -> torch.Tensor | None:
             images[i] = pixels(image)
         return same
 
-    # disable=None: a bar only on a terminal. `all` ends at the first image of another size, which cancels the rest.
+    # disable=None: a bar only on a terminal. `all` ends at the first image of another size, which cancels its part.
     bar = dict(desc="reading", unit="image", leave=False, disable=distributed.rank() > 0 or None)
+    parts = (range(i, min(i + 1000, len(paths))) for i in range(0, len(paths), 1000))  # a future takes 2 KB
     with ThreadPoolExecutor(min(16, distributed.cores())) as pool:
-        same = all(tqdm(pool.map(read, range(len(paths))), total=len(paths), **bar))
+        same = all(tqdm((same for part in parts for same in pool.map(read, part)), total=len(paths), **bar))
     return torch.from_numpy(images) if same else None

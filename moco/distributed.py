@@ -34,9 +34,7 @@ def parallel(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Averages the model's gradients over the processes. All begin with rank 0's state, then have their own statistics."""
     if world_size() == 1:
         return model
-    for (
-        buffer
-    ) in model.buffers():  # before the wrapper: with this option some releases of PyTorch leave them as they are
+    for buffer in model.buffers():  # with SYNC_BUFFERS some releases of PyTorch leave them as they are
         broadcast(buffer)
     buffers, on_gpu = {SYNC_BUFFERS: False}, torch.device(device).type == "cuda"
     return DistributedDataParallel(model, device_ids=[device] if on_gpu else None, **buffers)

@@ -192,7 +192,8 @@ def join_group(device: torch.device, backend: str, world_size: int) -> None:
         dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "NCCL" in str(error):
-            reason = str(error).strip().splitlines()[-1]
+            lines = [line for line in str(error).splitlines() if line.strip() not in ("", "Last error:")]
+            reason = lines[-1 if lines[0].startswith("NCCL error") else 0]  # the former names a source file first
             raise RunError(f"NCCL cannot connect the {world_size} processes: {reason}") from None
         raise RunError(
             f"the {world_size} processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "

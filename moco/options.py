@@ -34,6 +34,10 @@ LINEAR_RECIPES = {
 }
 
 
+# What may differ between processes.
+OF_A_PROCESS = ("data", "output_dir", "workers", "gpu", "rank", "dist_url", "resume", "pretrained", "init")
+
+
 class Options(Namespace):
     """The final value of every option, read-only."""
 
@@ -170,8 +174,9 @@ def base_parser(
     add("-a", "--arch", resumed=KEEP,
         help="resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or "
              "--pretrained, else resnet50)")
-    add("-j", "--workers", type=count, default=8, metavar="N",
-        help="data-loading workers, unused for data in memory (default: %(default)s)")
+    add("-j", "--workers", type=count, metavar="N",
+        help="data-loading workers of this machine, unused for data in memory (default: as many as there are cores, at "
+             "most 8 per process)")
     add("--epochs", resumed=TELL, type=positive_int, default=epochs, metavar="N",
         help="total epochs (default: %(default)s)")
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
@@ -289,6 +294,10 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
             f"note: -b {args.batch_size} is the global batch, over all {nodes} nodes; MoCo's -b is per node (its "
             f"-b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} in this project)"
         )
+    if args.workers is None:
+        cores, processes = distributed.cores(), distributed.processes_on_node
+        mine = cores // processes if cores == os.cpu_count() else cores  # a launcher may have given each its own
+        args.workers = processes * max(1, min(8, mine))
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
     if args.dataset == "imagefolder" and args.image_size > augment.SMALL:  # ImageNet and its like
@@ -299,15 +308,17 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
     return args
 
 
-def agree(args: Namespace, split: datasets.Split, saved: dict | None, device: torch.device) -> None:
+def agree(
+    args: Namespace, device: torch.device, split: datasets.Split | None = None, saved: dict | None = None
+) -> None:
     """UsageError: the processes differ in options, training images, or the checkpoint to resume, if any, `saved`."""
     if distributed.world_size() == 1:
         return
-    of_all = {
-        "options": {name: vars(args).get(name) for name in args.when_resumed},
-        "training images": [split.classes, split.labels.tolist(), list(map(os.path.basename, split.paths or []))],
-        "checkpoint to resume": saved and (saved.get("epoch"), saved.get("step")),
-    }
+    of_all = {"options": {name: value for name, value in plain(args).items() if name not in OF_A_PROCESS}}
+    if split:
+        of_all["training images"] = split.classes, split.labels.tolist(), [*map(os.path.basename, split.paths or [])]
+    if saved:
+        of_all["checkpoint to resume"] = saved.get("epoch"), saved.get("step")
     for what, value in of_all.items():
         if not distributed.same(repr(value).encode(), device):
             raise UsageError(f"the processes differ in their {what}, see docs/clusters.md")

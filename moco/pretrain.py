@@ -34,6 +34,7 @@ def main(method: Method, description: str) -> None:
 
 def train(method: Method, args: Namespace, device: torch.device) -> None:
     """Trains, and keeps other runs out of the output folder."""
+    options.agree(args, device)  # before any other collective
     with lock(args.output_dir, "log"):  # before reading a checkpoint there: another run may be saving it
         fit(method, *prepare(method, args, device), device)
 
@@ -65,7 +66,7 @@ def prepare(
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
     if args.aug_crop and not split.of_side(args.image_size):
         raise UsageError(f"--aug-crop is for images of --image-size {args.image_size} only: choose other views")
-    options.agree(args, split, saved, device)
+    options.agree(args, device, split, saved)
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
     validation = load(False) if args.knn_freq or method.labels_only else None
@@ -125,20 +126,18 @@ def fit(
                 # Nothing up to this line waits for the device.
                 if run.due(step):
                     run.sync(step, lr)
-                    if run.stopping and step + 1 < steps:
+                    if run.saving and step + 1 < steps:
                         save(epoch, run.state())
-                        run.exit_saved()
+                        run.exit_if_stopping()
             row = run.summary()
             if method.labels_only or knn_is_due(args, epoch):
                 save(epoch, run.state(row))  # first, so that a failed evaluation loses no epoch
-                if run.stopping:
-                    run.exit_saved()
+                run.exit_if_stopping()
                 row |= measure(method, model, args, epoch, split, validation, device)
             run.log(row)
             save(epoch + 1)  # after the log: a resumed run replaces the rows after its checkpoint
-            describe(epoch, row, args)
-            if run.stopping:
-                run.exit_saved()
+            run.say(described(epoch, row, args))
+            run.exit_if_stopping()
 
 
 def make_batches(method: Method, args: Options, split: Split, device: torch.device) -> Batches:
@@ -155,6 +154,7 @@ def make_batches(method: Method, args: Options, split: Split, device: torch.devi
         workers=args.workers,
         epochs=args.epochs,
         compile=args.compile,
+        evaluated=method.labels_only or args.knn_freq > 0,
     )
 
 
@@ -241,8 +241,8 @@ def introduce(method: Method, args: Options, split: Split, steps: int, run: Run,
         )
 
 
-def describe(epoch: int, row: dict, args: Options) -> None:
-    """Prints the line after each epoch. It shows whether a loss near log K is normal."""
+def described(epoch: int, row: dict, args: Options) -> str:
+    """The line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:
         text += (
@@ -255,4 +255,4 @@ def describe(epoch: int, row: dict, args: Options) -> None:
         text += f", kNN {row['knn']:.2f}%"
     if "top1" in row:
         text += f", top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}"
-    say(f"{text}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s")
+    return f"{text}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from moco.errors import RunError, first_line, say
 from moco.losses import HEALTH
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a run finishes its step, saves and exits
+SAVE_EVERY = 30 * 60  # seconds: the most work that a run loses when it is killed within an epoch
 PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
 
 
@@ -38,7 +39,7 @@ class Run:
     Attributes:
         epoch, step: the next step to train.
         losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
-        stopping: a process got a signal, and all have agreed to stop.
+        stopping: a process got a signal, and all have agreed to stop. saving: they have agreed to save, also for that.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Run:
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
         self.seconds = 0.0  # spent on the epoch by the run that is resumed
         self.unevaluated = None  # from a checkpoint: the summary of an epoch that is trained but not evaluated
-        self.stopping, self.signal = False, 0
+        self.stopping, self.saving, self.signal = False, False, 0
         self.writer, self.table = checkpoint.Writer(), None
 
     def resume(self, saved: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
@@ -87,7 +88,8 @@ class Run:
         if distributed.rank() == 0:
             self.table = Log(self.folder, self.name, self.columns, self.epoch)
         self.handlers = {number: signal.signal(number, self.ask) for number in STOP_SIGNALS}
-        self.began = time.perf_counter() - self.seconds
+        self.saved = time.perf_counter()
+        self.began = self.saved - self.seconds
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -95,6 +97,8 @@ class Run:
             self.table.close()
         try:
             self.writer.close(failed=kind is not None)
+            if kind is None:
+                distributed.barrier()  # until rank 0 has saved: a signal must not end a process before that
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
@@ -132,27 +136,25 @@ class Run:
         return (step + 1) % self.print_freq == 0 or step + 1 == self.length or stop
 
     def sync(self, step: int, lr: float) -> None:
-        """Averages the losses over the processes and prints a line; they agree whether to stop. One collective.
+        """Averages the losses over the processes and prints a line; they agree whether to stop or save. One collective.
 
         RunError: a loss is not finite.
         """
-        fresh = torch.cat([self.losses[self.step : step + 1], self.losses.new_full((1,), float(self.signal))])
-        fresh = distributed.all_mean(fresh)
-        self.losses[self.step : step + 1] = fresh[:-1]
-        *losses, asked = fresh.tolist()
+        late = time.perf_counter() - self.saved > SAVE_EVERY
+        asked = self.losses.new_tensor([self.signal > 0, late])
+        fresh = distributed.all_mean(torch.cat([self.losses[self.step : step + 1], asked]))
+        self.losses[self.step : step + 1] = fresh[:-2]
+        *losses, stop, late = fresh.tolist()
         for number, loss in enumerate(losses, self.step):
             if not math.isfinite(loss):
                 raise RunError(
                     f"the loss of epoch {self.epoch}, step {number}, is not finite; {self.advice}. "
                     "The last checkpoint is from before it"
                 )
-        moved, self.step, self.lr, self.stopping = step + 1 - self.step, step + 1, lr, asked > 0
+        moved, self.step, self.lr = step + 1 - self.step, step + 1, lr
+        self.stopping, self.saving = stop > 0, stop + late > 0
         self.writer.check()
-        try:
-            self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
-        except RunError:
-            if not self.signal:  # Ctrl-C also ends `tee`, which reads stdout: save all the same
-                raise
+        self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
 
     def show(self, moved: int, **values: str) -> None:
         """After `moved` more steps: a bar on a terminal, MoCo-style lines elsewhere."""
@@ -162,12 +164,20 @@ class Run:
         left = timedelta(seconds=round((self.images * (self.epochs - self.epoch) - self.seen(self.step)) / speed))
         if self.bar.disable:
             shown = "  ".join(f"{name} {value}" for name, value in values.items())
-            say(
+            self.say(
                 f"Epoch: [{self.epoch}][{self.step:{len(str(self.length))}}/{self.length}]  "
                 f"Time {(now - self.mark) / moved:.3f}  Data {self.waiting / moved:.3f}  "
                 f"{shown}  images/s {speed:.0f}  ETA {left}"
             )
         self.mark, self.waiting = now, 0.0
+
+    def say(self, text: str) -> None:
+        """As errors.say; a run that got a signal goes on without stdout, since Ctrl-C also ends `tee`."""
+        try:
+            say(text)
+        except RunError:
+            if not (self.signal or self.stopping):
+                raise
 
     def seen(self, step: int) -> int:
         """Images in this many steps of an epoch."""
@@ -203,6 +213,7 @@ class Run:
 
         It is written first, so that a run killed between the two writes both again when it is resumed.
         """
+        self.saved = time.perf_counter()
         if distributed.rank() == 0:
             self.writer.save([self.folder / name for name in (kept, self.last) if name], content)
 
@@ -216,12 +227,13 @@ class Run:
         self.losses.zero_()
         self.health.zero_()
 
-    def exit_saved(self) -> NoReturn:
-        """Waits for the checkpoint and exits, as all processes have agreed."""
+    def exit_if_stopping(self) -> None:
+        """Waits for the checkpoint and exits, if the processes have agreed to stop."""
+        if not self.stopping:
+            return
         self.writer.finish()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
-        with suppress(RunError):
-            say(f"stopped {where}; --resume auto continues from there")
+        self.say(f"stopped {where}; --resume auto continues from there")
         distributed.barrier()  # until rank 0 has saved: the launcher ends all processes when one exits
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
 

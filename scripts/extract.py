@@ -76,16 +76,19 @@ def images(args, theirs: dict) -> tuple[datasets.Split, list[str]]:
         split = datasets.Split(torch.full((len(found),), UNLABELLED), [], paths=found)
     else:
         name = datasets.resolve(name, args.data, theirs.get("dataset"))
-        same = dict(holdout=theirs.get("holdout", 0) if only_train(args.data) else 0, in_memory=False)
-        split = datasets.load(name, args.data, args.split == "train", **same)
+        holdout = theirs.get("holdout", 0) if only_train(args.data, theirs.get("classes")) else 0
+        if holdout:
+            say(f"note: the last {holdout} training images of each class are val, as in the run (--holdout {holdout})")
+        split = datasets.load(name, args.data, args.split == "train", holdout=holdout, in_memory=False)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]
     return split, [os.path.relpath(path, args.data) for path in split.paths]
 
 
-def only_train(folder: str | None) -> bool:
-    """Is there a train/ folder, but no other split? Then the held-out images of a run are its validation images."""
-    return folder is not None and [split for split in datasets.SPLITS if Path(folder, split).is_dir()] == ["train"]
+def only_train(folder: str | None, classes: list[str] | None) -> bool:
+    """Is train/ with these classes the only split? Then the held-out images of a run are its validation images."""
+    splits = [split for split in datasets.SPLITS if folder and Path(folder, split).is_dir()]
+    return splits == ["train"] and datasets.class_folders(Path(folder, "train")) == classes
 
 
 def is_data_set(folder: str) -> bool:
@@ -110,9 +113,9 @@ def extract(args, saved: dict, split: datasets.Split, paths: list[str], device: 
         features = np.memmap(raw, np.float32, "r").reshape(len(split), -1)
         with open(tmp, "wb") as file:
             np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))
-        if args.picture:
-            with writing(args.picture) as picture:
-                sheet(split, features).save(picture)
+    if args.picture:
+        with writing(args.picture) as picture:
+            sheet(split, features).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
     search(features, split.labels, device)
     if args.projector:
@@ -182,7 +185,7 @@ def project(folder: Path, split: datasets.Split, features: np.ndarray, paths: li
 
 def sheet(split: datasets.Split, features: np.ndarray, neighbours: int = 8, rows: int = 10) -> Image.Image:
     """Images, evenly spread over the split, each at the left of its row, then its nearest neighbours by cosine."""
-    norms = np.linalg.norm(features, axis=1).clip(1e-12)
+    norms = np.sqrt(np.einsum("ij,ij->i", features, features)).clip(1e-12)  # without a copy of all features
     chosen = np.linspace(0, len(features) - 1, min(rows, len(features))).astype(int)
     count = min(neighbours, len(features) - 1)
     page = Image.new("RGB", ((count + 1) * (THUMBNAIL + 2) + 8, len(chosen) * (THUMBNAIL + 2)), "white")

@@ -87,11 +87,10 @@ def embedding(run, folder=None, most=2000):
         raise UsageError(f"the data folder '{folder}' does not exist: name another one after {run}")
     same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
     split = datasets.load(args["dataset"], folder, False, **same)
+    if len(split) > most:
+        split = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most])
     network, centre, _ = inference.load(path)
     features, labels = evaluate.extract(evaluate.frozen(network.to(device)), split, centre)
-    if len(features) > most:
-        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most].to(device)
-        features, labels = features[chosen], labels[chosen]
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
     return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), drawable(split.classes)
 

@@ -137,7 +137,7 @@ def reproduce(key, args, seed):
     if file:
         weights.refuse_another_rows(file, args.results, path)
     ended = folder / "result.json"
-    if ended.is_file():
+    if ended.is_file() and (folder / LINEAR).is_file():
         say(f"'{folder}' has ended: nothing is trained")
         result = results.read_json(ended)
     else:
@@ -175,9 +175,10 @@ def begin(folder, lines):
 
 
 def without_folders(line):
-    """The words of a command line, except its folders: they may have moved."""
-    *words, _ = shlex.split(line)
-    return [word for before, word in pairwise(["", *words]) if before not in ("--output-dir", "--pretrained")]
+    """The words of a command line, except where its folders are: they may have moved."""
+    *words, data = shlex.split(line)
+    kept = [word for before, word in pairwise(["", *words]) if before not in ("--output-dir", "--pretrained")]
+    return [*kept, Path(data).name]
 
 
 def train(folder, line, begun):

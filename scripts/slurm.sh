@@ -30,9 +30,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it f
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
-for last in "$out"/*_last.pth.tar; do # after --resume PATH, too, a requeued job continues from its own checkpoint
-    [ -e "$last" ] && set -- "$@" --resume auto && break
-done
+# Even if it began with --resume PATH, a requeued job continues from its own checkpoint.
+compgen -G "$out/*_last.pth.tar" > /dev/null && set -- "$@" --resume auto
 
 # Each task sets torchrun's variables. With exec, the program itself gets the signals and gives the exit status, not a shell.
 # shellcheck disable=SC2016

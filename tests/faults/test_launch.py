@@ -164,10 +164,12 @@ def test_a_signal_before_the_processes_can_handle_it(monkeypatch):
     context = SimpleNamespace(join=join, pids=list)
     monkeypatch.setattr(mp, "start_processes", lambda *args, **options: context)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    with pytest.raises(SystemExit, match="138"):
-        launch.spawn(print, [{}, {}], None)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with pytest.raises(SystemExit, match="138"):
+            launch.spawn(print, [{}, {}], None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_the_options_in_the_sbatch_file():

@@ -1,7 +1,10 @@
 """The programs and commands in docs/ run."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +96,10 @@ def test_the_page_on_photos(run, folder, tmp_path, monkeypatch):
         assert done.status == 0, done.err
         assert {"main_moco_out.py": "120 tensors taken", "scripts/extract.py": "MAP@R"}.get(script, "") in done.out
     assert (tmp_path / "run/encoder.onnx").exists()
+    (program,) = python_blocks(PAGES["photos.md"])
+    (tmp_path / "check.py").write_text(program)
+    (tmp_path / "photos/train/dog/3.png").write_bytes(b"broken")
+    command = [sys.executable, "check.py", "photos"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    (line,) = done.stdout.splitlines()
+    assert "photos/train/dog/3.png' cannot be read" in line, done

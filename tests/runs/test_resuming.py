@@ -22,6 +22,7 @@ from helpers import (
     rows,
 )
 from moco import checkpoint, evaluate, pretrain
+from moco.run import Run
 
 
 def exit_at_call(patch, name, number):
@@ -181,6 +182,28 @@ def test_a_signal_saves_within_the_epoch_and_resuming_is_exact(number, status, r
     done = run("main_moco_out.py", *args, tmp_path / "parts", "--resume auto")
     assert done.status == 0, done.err
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
+def test_long_epochs_are_saved_in_between(script, run, trained, tmp_path, monkeypatch):
+    data, last, _ = trained
+    more = {"main_moco_out.py": "-a resnet20 --moco-k 32", "main_lincls.py": f"--pretrained {last} --lr 1"}[script]
+    args = [more, "--image-size 12 -b 2 -p 2 --epochs 2 --seed 0", data, "--output-dir"]
+    run(script, *args, tmp_path / "whole")
+    monkeypatch.setattr("moco.run.SAVE_EVERY", 0)
+
+    def fail(self):
+        sys.exit(99)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "exit_if_stopping", fail)  # called after a save
+        assert run(script, *args, tmp_path / "parts").status == 99
+    (saved,) = (tmp_path / "parts").glob("*_last.pth.tar")
+    assert checkpoint.load(saved)["step"] == 2
+    done = run(script, *args, tmp_path / "parts", "--resume auto")
+    assert done.status == 0 and "continuing at epoch 0" in done.out, done
+    whole, parts = (checkpoint.load(tmp_path / part / saved.name) for part in ("whole", "parts"))
+    assert equal_tensors(whole["state_dict"], parts["state_dict"])
 
 
 def test_a_signal_in_the_last_step_comes_before_the_evaluation(run, tmp_path, monkeypatch):

@@ -54,7 +54,8 @@ def test_large_images_have_the_statistics_of_imagenet(size, expected, photos):
 
 
 def test_digits_keep_their_statistics_at_any_size():
-    args = Namespace(batch_size=4, dataset="digits", data=None, image_size=96, mean=None, std=None, precision=None)
+    names = "data mean std precision workers".split()
+    args = Namespace(batch_size=4, dataset="digits", image_size=96, **dict.fromkeys(names))
     assert options.resolve(args, torch.device("cpu")).mean == list(datasets.STATISTICS["digits"][0])
 
 
@@ -93,6 +94,20 @@ def test_long_runs_on_a_gpu_are_compiled_if_they_can_be(monkeypatch, tmp_path):
     assert not compiled(150)
 
 
+@pytest.mark.parametrize(
+    "cores, machine, processes, workers",
+    [(96, 96, 8, 64), (16, 16, 1, 8), (4, 4, 8, 8), (4, 64, 8, 32)],  # the last: each process has cores of its own
+)
+def test_the_default_number_of_workers(cores, machine, processes, workers, monkeypatch):
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    monkeypatch.setattr(distributed, "processes_on_node", processes)
+    monkeypatch.setattr(options.os, "cpu_count", lambda: machine)
+    args = options.pretrain_parser("").parse_args(["--dataset", "digits"])
+    assert options.resolve(args, torch.device("cpu")).workers == workers
+    args.workers = 3
+    assert options.resolve(args, torch.device("cpu")).workers == 3
+
+
 def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
     monkeypatch.setattr(distributed, "broadcast", lambda x: x.fill_(7))
     assert options.shared_seed(None, torch.device("cpu")) == 7
@@ -111,14 +126,14 @@ def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
 )
 def test_processes_that_differ_are_refused(what, change):
     def agree():
-        args = Namespace(lr=0.1, workers=2, when_resumed=dict(lr=("--lr", False, 0.1)))
+        args = Namespace(lr=0.1, workers=2)
         split = datasets.Split(torch.tensor([0, 1]), ["cat", "dog"], paths=["a/cat/0.png", "a/dog/1.png"])
         saved = dict(epoch=3, step=6)
         if distributed.rank() == 1:
             split.paths = [path.replace("a/", "b/") for path in split.paths]  # a folder of its own is fine
             change(args, split, saved)
         try:
-            return options.agree(args, split, saved, torch.device("cpu"))
+            return options.agree(args, torch.device("cpu"), split, saved)
         except UsageError as error:
             return str(error)
 

@@ -1,6 +1,7 @@
 """The processes that a launch starts, and their devices."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,12 +166,20 @@ def test_a_gpu_that_cannot_be_used(monkeypatch):
         launch.choose_device()
 
 
-def test_the_reason_of_nccl_is_its_last_line(monkeypatch):
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("NCCL error in: a.cpp:77, invalid usage\nLast error:\nDuplicate GPU detected", "Duplicate GPU detected"),
+        ("NCCL error in: a.cpp:77, internal error.\nLast error:\n", "NCCL error in: a.cpp:77, internal error."),
+        ("[1] is setting up NCCL: Connection reset\nframe #0", "[1] is setting up NCCL: Connection reset"),
+    ],
+)
+def test_the_reason_that_nccl_gives(text, reason, monkeypatch):
     def refuse(*args, **options):
-        raise torch.distributed.DistBackendError("NCCL error in: a.cpp:77, invalid usage\nDuplicate GPU detected")
+        raise torch.distributed.DistBackendError(text)
 
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
-    with pytest.raises(RunError, match="NCCL cannot connect the 2 processes: Duplicate GPU detected"):
+    with pytest.raises(RunError, match=re.escape(f"NCCL cannot connect the 2 processes: {reason}") + "$"):
         launch.join_group(torch.device("cpu"), "nccl", 2)
 
 

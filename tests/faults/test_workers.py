@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from helpers import PHOTOS_MOCO, SHORT, error_line, refused
-from moco import batches
+from helpers import PHOTOS_MOCO, SHORT, error_line, photo, refused
+from moco import augment, batches, datasets, distributed
+from moco.errors import RunError
 from processes import PYTHON, free_port, start, until
 
 
@@ -98,3 +100,23 @@ def test_too_little_shared_memory(run, photos, tmp_path, monkeypatch):
     data = photos()
     refused(run("main_moco.py", PHOTOS_MOCO, "-j 2 --output-dir", tmp_path / "out", data), 1, "--shm-size")
     assert run("main_moco.py", PHOTOS_MOCO, "-j 0 --output-dir", tmp_path / "out", data).status == 0
+
+
+def test_workers_and_shared_memory_are_of_the_machine(tmp_path, monkeypatch):
+    """-j 8 on a machine of four processes: two workers for each, and the shared memory for all eight."""
+    photo(np.random.default_rng(0), (40, 40)).save(tmp_path / "a.png")
+    split = datasets.Split(torch.zeros(16).long(), ["a"], paths=[str(tmp_path / "a.png")] * 16)
+    monkeypatch.setattr(distributed, "processes_on_node", 4)
+    monkeypatch.setattr(distributed, "cores", lambda: 16)
+    begun, loader = [], batches.DataLoader
+    monkeypatch.setattr(
+        batches, "DataLoader", lambda *args, **how: begun.append(how["num_workers"]) or loader(*args, **how)
+    )
+    centre, free = augment.Centre(256, (0.5,) * 3, (0.5,) * 3), [1 << 40]
+    usage = batches.shutil.disk_usage("/")
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    images = batches.Centres(split, centre, 1, torch.device("cpu"), workers=8)
+    assert len(list(images)) == 16 and begun == [2]
+    free[0] = 4 * 6 * 3 * 256 * 256 - 1  # four processes with six batches each, of one image
+    with pytest.raises(RunError, match="4 MiB free, and 8 data-loading workers need 5 MiB"):
+        next(iter(images))

@@ -6,12 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 import results
 from helpers import PAGES, copied_pages
-from moco import checkpoint
+from moco import checkpoint, options
 from moco.errors import UsageError
 from moco.run import read_log
 from processes import ROOT, forking, start, until
@@ -194,3 +195,25 @@ def test_the_bench_measures_the_loop(run, tmp_path):
     assert all(figures[name] > 0 for name in report.FIGURES) and figures["folder_crops_per_core"] > 0
     assert run("scripts/bench.py", "-a resnet20 -b 8 --profile", tmp_path / "trace.json").status == 0
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_the_linear_evaluation_of_each_row(run, monkeypatch):
+    """lr, batch, epochs, and the factors of lr: those of MoCo's, and of SupContrast's authors."""
+    lines = run("scripts/reproduce.py", "--print").out.splitlines()
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    for key, (pretrain, line) in zip(results.ROWS, pairs, strict=True):
+        if results.ROWS[key].top1 is None:
+            continue
+        monkeypatch.setattr(sys, "argv", line.split()[1:])
+        args = options.linear_parser("").parse_args(line.split()[2:])
+        found = (args.lr, args.batch_size, args.epochs, args.schedule, args.lr_decay, args.weight_decay, args.momentum)
+        theirs = (5.0, 512, 100, [60, 75, 90, 100], 0.2, 0, 0.9), (1.0, 256, 100, [60, 80], 0.1, 0, 0.9)
+        assert found == theirs["main_moco" in pretrain], key
+        assert "main_moco" not in pretrain or "--bn-splits 2 " in pretrain
+
+
+def test_a_ratio_of_the_bench_is_a_speed_up():
+    import bench
+
+    images_per_second, ratio = bench.compare(lambda: time.sleep(0.2) or 10, lambda: time.sleep(0.02) or 10, 3)
+    assert ratio > 2 and images_per_second > 50  # ten times, if the machine has nothing else to do

@@ -324,3 +324,24 @@ def test_the_projector(run, trained, tmp_path):
     assert Image.open(place / "sprite.png").size == (4 * 32, 4 * 32)
     assert "00000/default" in (tmp_path / "look/projector_config.pbtxt").read_text()
     refused(run(*words), 2, "look' exists")
+
+
+def test_the_sheet_shows_the_nearest_images():
+    """By cosine: the second image is the nearest of the first, though the third has the larger product."""
+    import extract
+
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    split = datasets.Split(torch.zeros(3).long(), ["a"], colours[:, :, None, None].expand(3, 3, 8, 8).contiguous())
+    features = np.array([[1, 0], [0.9, 0.1], [9, 9]], np.float32)
+    page = extract.sheet(split, features, neighbours=2)
+    place = extract.THUMBNAIL + 2
+    row = [page.getpixel((column * place + 8 * (column > 0) + 9, 9)) for column in range(3)]
+    assert row == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_the_confusion_matrix_is_in_percent_of_a_class():
+    import picture
+
+    axes = Figure().subplots()
+    picture.matrix(axes, torch.tensor([[3, 1], [0, 8]]), ["cat", "dog"])
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "0", "100"]

@@ -224,3 +224,15 @@ def test_the_seed_is_drawn_shown_and_kept(run, tmp_path):
     assert f"--seed {seed}" in done.out
     run("main_moco_out.py", args, "--epochs 2 --resume auto --output-dir", tmp_path)
     assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["options"]["seed"] == seed
+
+
+def test_a_linear_evaluation_keeps_the_seed_that_it_drew(run, tmp_path):
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    args = [TINY.replace("--seed 0", ""), "--lr 1 --epochs 2 --pretrained", tmp_path / checkpoint.LAST]
+    args += ["--output-dir", tmp_path]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 2)
+        assert run("main_lincls.py", *args).status == 143
+    seed = checkpoint.load(tmp_path / checkpoint.LINEAR)["options"]["seed"]
+    done = run("main_lincls.py", *args, "--resume auto")
+    assert done.status == 0 and checkpoint.load(tmp_path / checkpoint.LINEAR)["options"]["seed"] == seed, done.err

@@ -1,16 +1,19 @@
 """Short runs of the scripts on scikit-learn's digits."""
 
+import dataclasses
 import itertools
 import math
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from helpers import SCRIPTS, TINY, TINY_MOCO, printed_losses, rows
-from moco import checkpoint, datasets, pretrain
+from helpers import SCRIPTS, TINY, TINY_MOCO, columns, printed_losses, rows
+from moco import augment, batches, checkpoint, datasets, evaluate, inference, pretrain
 from moco.builder import MoCo
 from moco.run import Log, Run
 
@@ -151,3 +154,121 @@ def test_a_note_if_the_warm_up_takes_most_epochs(warm_up, announced, run, tmp_pa
     rates = [float(line.split("lr ")[1].split()[0]) for line in done.out.splitlines() if line.startswith("Epoch: [")]
     assert (f"highest lr will be {max(rates):.4g}, --lr is 0.8" in done.out) == announced
     assert announced or "highest lr" not in done.out
+
+
+def test_training_and_evaluation_have_the_size_and_statistics_of_the_options(run, tmp_path, monkeypatch):
+    """Each image has one colour, which crops and flips do not change."""
+    for split in ("train", "val"):
+        for label, grey in (("cat", 51), ("dog", 204)):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for n in range(4):
+                Image.new("RGB", (12, 12), (grey,) * 3).save(tmp_path / "data" / split / label / f"{n}.png")
+    seen = Counter()
+
+    def spied(make):
+        def made(self, *args):
+            for inputs, *more in make(self, *args):
+                for x in torch.cat(inputs) if isinstance(inputs, list) else inputs:
+                    assert x.shape == (3, 16, 16) and (x - x[:, :1, :1]).abs().max() < 1e-3
+                    seen[type(self).__name__, *(round(value, 2) for value in x[:, 0, 0].tolist())] += 1
+                yield inputs, *more
+
+        return made
+
+    for kind, name in ((batches.Batches, "epoch"), (batches.Centres, "__iter__")):
+        monkeypatch.setattr(kind, name, spied(getattr(kind, name)))
+    sizes = "--image-size 16 --mean 0.1 0.2 0.3 --std 0.5 0.4 0.25 -a resnet20"
+    args = ["-b 4 --epochs 1 --seed 0 --output-dir", tmp_path, tmp_path / "data"]
+    assert run("main_moco_in.py", sizes, "--moco-k 8 --aug-mild --knn-freq 1", *args).status == 0
+    pretraining, colours = Counter(seen), [(0.2, 0.0, -0.4), (1.4, 1.5, 2.0)]  # (51 / 255 - 0.1) / 0.5 and so on
+    assert pretraining == {(kind, *colour): 8 for kind in ("Batches", "Centres") for colour in colours}
+    seen.clear()
+    assert run("main_lincls.py", "--pretrained", tmp_path / checkpoint.LAST, *args).status == 0
+    assert seen == {(kind, *colour): 4 for kind in ("Batches", "Centres") for colour in colours}
+
+
+@pytest.mark.parametrize(
+    "script, views, crop",
+    [
+        ("main_moco_in.py", "--aug-plus", True),
+        ("main_moco_in.py", "--aug-crop", False),
+        ("main_ce.py", "--aug-plus", True),
+    ],
+)
+def test_the_accuracies_in_the_log_are_those_of_the_checkpoint(script, views, crop, run, tmp_path):
+    """kNN of the query encoder; cross entropy's own classifier sees the validation images as they are."""
+    args = TINY_MOCO.replace("--aug-plus", views) if "moco" in script else f"{TINY} {views}"
+    assert run(script, args, "--lr 0.1 --epochs 2 --knn-freq 1 --output-dir", tmp_path).status == 0
+    last, log = tmp_path / checkpoint.LAST, rows(tmp_path / "log.csv")[-1]
+    train, validation = datasets.load("digits", None, True, per_class=16), datasets.load("digits", None, False)
+    centre = augment.Centre(8, *datasets.STATISTICS["digits"], crop=crop)
+    network, preprocess, classes = inference.load(last)
+    assert float(log["knn"]) == pytest.approx(evaluate.knn(network, train, validation, centre), abs=1e-4)
+    if script == "main_ce.py":
+        centre = dataclasses.replace(centre, crop=False)
+        images = batches.Centres(validation, centre, 64, torch.device("cpu"))
+        scores = evaluate.accuracy(evaluate.frozen(network, keep_fc=True), images, 10)[:2]
+        assert [float(log["top1"]), float(log["top5"])] == pytest.approx(scores, abs=1e-4)
+    assert classes == (list("0123456789") if script == "main_ce.py" else None)
+    assert preprocess.crop == centre.crop  # what load_encoder, extract.py and export.py use
+
+
+def test_the_best_epoch_is_the_first_of_the_highest_top1(run, tmp_path):
+    run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    args = [TINY, "--lr 1 --epochs 6 --pretrained", tmp_path / checkpoint.LAST, "--output-dir", tmp_path]
+    done = run("main_lincls.py", *args)
+    log = [(float(row["top1"]), float(row["top5"]), int(row["epoch"])) for row in rows(tmp_path / "linear.csv")]
+    top1, top5, epoch = max(log, key=lambda row: row[0])
+    assert min(log)[0] < top1 and len(log) == 6
+    assert done.out.splitlines()[-1] == f"result: top1={top1:.2f} top5={top5:.2f} epoch={epoch}"
+    assert checkpoint.load(tmp_path / checkpoint.BEST)["epoch"] == epoch + 1
+
+
+def test_the_classifier_starts_and_is_trained_as_by_moco(run, tmp_path):
+    """Weights N(0, 0.01), bias 0; SGD with momentum 0.9 and no weight decay."""
+    run("main_moco.py", TINY_MOCO, "--momentum 0.5 --epochs 1 --output-dir", tmp_path)
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["optimizer"]["param_groups"][0]["momentum"] == 0.5
+    args = [TINY, "--lr 0 --epochs 1 --pretrained", tmp_path / checkpoint.LAST, "--output-dir", tmp_path]
+    assert run("main_lincls.py", *args).status == 0
+    saved = checkpoint.load(tmp_path / checkpoint.LINEAR)
+    weight, bias = (saved["state_dict"][f"module.fc.{name}"] for name in ("weight", "bias"))
+    assert weight.std().item() == pytest.approx(0.01, rel=0.1) and abs(weight.mean()) < 0.002 and not bias.any()
+    (group,) = saved["optimizer"]["param_groups"]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0, False)
+
+
+def test_the_epochs_that_knn_follows(run, tmp_path):
+    """Every second one, and the last; --start-epoch 1 begins with the second."""
+    args = [TINY_MOCO, "--knn-freq 2 --epochs 5 --start-epoch 1 --output-dir", tmp_path]
+    assert run("main_moco.py", *args).status == 0
+    log = [(int(row["epoch"]), bool(row["knn"])) for row in rows(tmp_path / "log.csv")]
+    assert log == [(1, True), (2, False), (3, True), (4, True)]
+    args = [
+        TINY,
+        "--lr 1 --epochs 3 --start-epoch 2 --pretrained",
+        tmp_path / checkpoint.LAST,
+        "--output-dir",
+        tmp_path,
+    ]
+    assert run("main_lincls.py", *args).status == 0
+    assert columns(tmp_path / "linear.csv", "epoch") == [["2"]]
+
+
+def test_the_lines_of_a_resumed_epoch(tmp_path, monkeypatch, capsys):
+    """Epoch 1 of 3, resumed at step 2 of 5; a step has 10 images and takes 10 seconds, so an image takes 1."""
+    clock = [1000.0]
+    monkeypatch.setattr("moco.run.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    sizes = dict(epochs=3, steps=5, images=50, batch_size=10)
+    run = Run(tmp_path, "log", "last", ["epoch", "images_per_second"], 2, torch.device("cpu"), "", **sizes)
+    run.epoch, run.step, run.losses[:2] = 1, 2, torch.tensor([8.0, 6.0])
+    with run:
+        for step, loss in run.steps([4.0, 2.0, 0.0]):
+            clock[0] += 10
+            run.add(step, torch.tensor(loss))
+            if run.due(step):
+                run.sync(step, 0.1)
+        assert run.summary()["images_per_second"] == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch: [1][4/5]  Time 10.000  Data 0.000  Loss 2.0000 (5.0000)  lr 0.1  images/s 1  ETA 0:01:00",
+        "Epoch: [1][5/5]  Time 10.000  Data 0.000  Loss 0.0000 (4.0000)  lr 0.1  images/s 1  ETA 0:00:50",
+    ]

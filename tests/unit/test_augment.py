@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFilter
+from PIL import ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
-from helpers import MEAN, STD, images, pillow
+from helpers import MEAN, STD, images, photo, pillow
 from moco import augment
 from moco.augment import AUG_PLUS, PLAIN, Recipe
 
@@ -267,3 +267,22 @@ def test_padded_crops_have_torchvisions_distribution():
         assert (mine.min(), mine.max()) == (other.min(), other.max())
         assert (mine.add(4).bincount() - other.add(4).bincount()).abs().max() < 0.02 * count
     assert isinstance(augment.PADDED.transform(MEAN, STD).transforms[0], transforms.RandomCrop)
+
+
+def test_the_views_for_pil_images_are_the_recipes():
+    """Each operation with probability 1 and without a range, on its own."""
+    torch.manual_seed(0)
+    nothing = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=None, gray_p=0, blur_p=0, flip_p=0)
+    image = photo(np.random.default_rng(0), (32, 32))
+
+    def view(**changes):
+        made = augment.Recipe(**nothing | changes).transform((0,) * 3, (1,) * 3)(image)
+        return (255 * made).round().byte().permute(1, 2, 0).numpy()
+
+    assert np.array_equal(view(), np.array(image)) and np.array_equal(view(flip_p=1), np.array(ImageOps.mirror(image)))
+    assert np.array_equal(view(blur_p=1, blur=(1.5, 1.5)), np.array(image.filter(ImageFilter.GaussianBlur(1.5))))
+    assert np.array_equal(view(gray_p=1), np.array(image.convert("L").convert("RGB")))
+    colour = dict(gray_p=1, jitter=(0, 0, 0, 0.4), jitter_p=1)  # turns no hue of a gray image
+    assert np.array_equal(view(**colour, gray_first=True), view(gray_p=1)) and np.ptp(view(**colour), axis=2).max() == 0
+    assert not np.array_equal(view(**colour), view(gray_p=1))  # the jitter came first
+    assert not np.array_equal(view(scale=(0.2, 0.2)), np.array(image))

@@ -87,3 +87,21 @@ def test_cifar(name, monkeypatch, tmp_path):
     assert validation.labels.tolist() == [1, 1, 0, 0] and torch.equal(validation.images, channels_first + 100)
     held = datasets.load(name, tmp_path, False, holdout=1)
     assert held.labels.tolist() == [0, 1] and torch.equal(held.images, channels_first[2:])
+
+
+def test_the_statistics_of_the_data_sets():
+    assert datasets.STATISTICS["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert datasets.STATISTICS["cifar100"] == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    assert datasets.IMAGENET == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_which_images_validate(folder):
+    """val/ if there are val/ and test/; the digits of other writers; --per-class counts after --holdout."""
+    both = folder(train=6, val=3, test=2)
+    assert len(datasets.load("imagefolder", both, False)) == 6
+    train, validation = (datasets.load("imagefolder", both, part, holdout=2, per_class=3) for part in (True, False))
+    names = [[path[-9:-4] for path in split.paths] for split in (train, validation)]
+    assert names == [[f"{c}/{n}" for c in ("cat", "dog") for n in numbers] for numbers in ((0, 1, 2), (4, 5))]
+    digits = [datasets.load("digits", None, part).images.flatten(1) for part in (True, False)]
+    assert [len(images) for images in digits] == [1437, 360]
+    assert (digits[0][:, None] == digits[1]).all(2).sum() == 0

@@ -1,12 +1,13 @@
 """Learning rates, and the positives of SupContrast."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from moco import baselines, encoders, methods, options
+from moco import augment, baselines, encoders, methods, options
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -107,3 +108,21 @@ def test_a_model_has_the_values_of_its_options(name):
         assert model.T == 0.3 and model.encoder_q.fc[2].out_features == 6
     if method.shuffle_keys:
         assert model.m == 0.7 and model.queue.shape == (6, 5)
+
+
+PLUS = dict(size=32, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)
+PLUS |= dict(gray_first=False, blur_p=0.5, blur=(0.1, 2.0), flip_p=0.5, padding=None)
+CROPS = PLUS | dict(jitter=None, gray_p=0, blur_p=0)
+OWN = dict.fromkeys(methods.ALL, PLUS | dict(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_first=True, blur_p=0))
+OWN |= {"main_supcon.py": PLUS | dict(blur_p=0), "main_ce.py": CROPS}
+
+
+@pytest.mark.parametrize("script", methods.ALL)
+def test_the_views_of_each_script(script):
+    method, others = methods.ALL[script], {"plus": PLUS, "mild": CROPS | dict(scale=(0.5, 1.0))}
+    cases = {"": OWN[script], "--aug-crop": CROPS | dict(padding=4)}
+    for option, wanted in (cases | {f"--aug-{name}": wanted for name, wanted in others.items()}).items():
+        args = options.pretrain_parser("", method.add_options).parse_args([option] if option else [])
+        views = [dataclasses.asdict(recipe) for recipe in method.recipes(args)]
+        assert views == [wanted] * (1 if script == "main_ce.py" else 2), option
+    assert dataclasses.asdict(augment.LINEAR) == CROPS | dict(scale=(0.08, 1.0))  # of main_lincls.py

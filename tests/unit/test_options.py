@@ -1,5 +1,6 @@
 """Parsing and resolving options."""
 
+import math
 import sys
 from argparse import Namespace
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import results
 from helpers import on_processes
 from moco import augment, datasets, distributed, methods, options
 from moco.errors import UsageError
@@ -24,6 +26,13 @@ VALUES = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["", "-", "auto", "1e9"]),
 )
+
+
+def resolved(script, words):
+    method = methods.ALL[script]
+    parser = options.pretrain_parser("", method.add_options, method.defaults)
+    args = parser.parse_args([*words.split(), "--dataset", "digits", "--seed", "0"])
+    return options.resolve_pretraining(args, torch.device("cpu"), "", {})
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -54,8 +63,8 @@ def test_large_images_have_the_statistics_of_imagenet(size, expected, photos):
 
 
 def test_digits_keep_their_statistics_at_any_size():
-    names = "data mean std precision workers".split()
-    args = Namespace(batch_size=4, dataset="digits", image_size=96, **dict.fromkeys(names))
+    unset = dict.fromkeys(["data", "mean", "std", "precision", "workers"])
+    args = Namespace(batch_size=4, dataset="digits", image_size=96, **unset)
     assert options.resolve(args, torch.device("cpu")).mean == list(datasets.STATISTICS["digits"][0])
 
 
@@ -157,3 +166,35 @@ def test_the_views_of_the_linear_evaluation(words, theirs, views, crop, decay, m
     weights = {"conv1.weight": torch.zeros(16, 3, 3, 3)}
     args = options.resolve_linear(args, torch.device("cpu"), "a checkpoint", {"options": theirs}, weights)
     assert (args.train_views, args.centre_crop, args.lr_decay) == (views, crop, decay)
+
+
+@pytest.mark.parametrize("key", results.ROWS)
+def test_the_learning_rate_of_each_rows_command(key):
+    """MoCo's: from 0 to lr in 5 epochs, then half a cosine to 0. SupContrast's: 0.01 to the cosine of epoch 10, then to lr / 1000."""
+    row = results.ROWS[key]
+    args = resolved(row.script, f"{row.options} --epochs {row.epochs}")
+    lr, epochs = args.lr, row.epochs
+
+    def rate(moment):
+        return methods.ALL[row.script].learning_rate(moment, args)
+
+    if row.script in ("main_supcon.py", "main_ce.py"):
+        tenth = lr * (0.001 + 0.999 * (1 + math.cos(math.pi * 10 / epochs)) / 2)
+        wanted = [(0, 0.01), (5, (0.01 + tenth) / 2), (epochs / 2 - 1, lr * 0.5005), (epochs - 0.5, lr / 1000)]
+        assert lr == {"main_supcon.py": 0.5, "main_ce.py": 0.8}[row.script]
+    else:
+        warm_up = 1 if "own" in key or key == "proto" else 5
+        wanted = [(0, 0), (warm_up / 2, lr / 2), (warm_up, lr), ((warm_up + epochs) / 2, lr / 2), (epochs, 0)]
+    assert [rate(moment) for moment, _ in wanted] == pytest.approx([value for _, value in wanted], abs=1e-12)
+
+
+def test_the_learning_rate_without_cos():
+    args = resolved("main_moco_out.py", "")
+    rates = [methods.OUT.learning_rate(moment, args) for moment in (0, 2.5, 5, 599.9, 600, 799.9, 800, 999)]
+    assert rates == pytest.approx([0, 0.015, 0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+
+
+def test_the_stem_and_the_network_by_default():
+    for size, stem in ((32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")):
+        args = resolved("main_moco_out.py", f"--image-size {size}")
+        assert (args.stem, args.arch) == (stem, "resnet50")

@@ -85,8 +85,8 @@ def prepare(args: Namespace, device: torch.device) -> None:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
     if args.aug_crop and not split.of_side(args.image_size):
         raise UsageError(
-            f"'{source}' was trained with --aug-crop: its views are for images of one size up to "
-            f"{datasets.LARGEST_SIDE} pixels, which must be --image-size (here {args.image_size})"
+            f"'{source}' was trained with --aug-crop: all images must be {args.image_size} x {args.image_size} pixels "
+            f"(--image-size, at most {datasets.LARGEST_SIDE})"
         )
     options.agree(args, device, split, saved if args.resume else None)
     if args.resume:

@@ -260,7 +260,7 @@ def flip(images: Tensor, parameters: Tensor, size: int) -> Tensor:
 def resize(images: Tensor, height: int, width: int) -> Tensor:
     """(N, 3, H, W) -> (N, 3, height, width), uint8 on a CPU or float: Pillow's antialiased bilinear filter.
 
-    uint8 is within 2 of Pillow's 256 values.
+    uint8 results differ from Pillow's by at most 2 of 255.
     """
     if images.shape[2:] == (height, width):
         return images

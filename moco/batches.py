@@ -211,7 +211,9 @@ def load_batches(
                 f"{-(-needed >> 20)} MiB: enlarge it (docker run --shm-size), or choose a smaller -j or -b",
             )
     if workers and len(os.fsencode(gettempdir())) > LONGEST_TMPDIR:
-        raise RunError(f"TMPDIR is too long for the sockets of data-loading workers: '{gettempdir()}' (or use -j 0)")
+        raise RunError(
+            f"TMPDIR '{gettempdir()}' is too long for the sockets of data-loading workers: set a shorter one, or use -j 0"
+        )
     loader = DataLoader(
         dataset,
         batch_sampler=items,

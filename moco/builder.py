@@ -151,7 +151,7 @@ class LabelAwareMoCo(MoCo):
 
         Args:
             q: (N, C), labels: (N,), this process's queries, with gradient.
-            k_all: (B, C), labels_all: (B,), the keys of the global batch, in its order, without.
+            k_all: (B, C), labels_all: (B,), the keys of the global batch in its order, without gradient.
         Returns:
             float32 scalar, the mean over the queries.
         """

@@ -98,7 +98,9 @@ def check_finite(state_dict: dict, when: str) -> None:
     """RunError if the last update left weights that are not finite. Its loss does not show that: it was computed before."""
     extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
     if not torch.stack(extremes).isfinite().all():
-        raise RunError(f"{when} the weights are not finite: try a lower --lr. The last checkpoint is from before")
+        raise RunError(
+            f"{when} the weights are not finite: try a lower --lr. The last checkpoint was saved before this"
+        )
 
 
 def load(path: str | Path) -> dict:
@@ -191,7 +193,7 @@ def find(resume: str | None, folder: str, device: torch.device, last: str = LAST
             say(f"note: '{path}' will be overwritten; --resume auto continues it")
         return resume
     if 0 < finders < distributed.world_size():
-        raise UsageError(f"only some machines find a checkpoint to resume: they must share --output-dir {folder}")
+        raise UsageError(f"only some nodes find a checkpoint to resume: all must share --output-dir {folder}")
     return str(path) if finders else None
 
 
@@ -299,8 +301,8 @@ def initialise(encoder: nn.Module, path: str) -> None:
     say(f"--init '{path}': {taken} tensors taken" + (f"; not taken: {', '.join(sorted(left))}" if left else ""))
     if "conv1.weight" in left:
         say(
-            f"note: its first convolution is {size}x{size}, this network's is {own_size}x{own_size} and starts anew: "
-            f"--stem {'imagenet' if size == 7 else 'cifar'} would take it"
+            f"note: its first convolution is {size}x{size}, this network's is {own_size}x{own_size} and keeps its random weights: "
+            f"--stem {'imagenet' if size == 7 else 'cifar'} would load it"
         )
 
 

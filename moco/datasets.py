@@ -33,7 +33,7 @@ STATISTICS = {  # mean and standard deviation of the training pixels, in 0..1
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "digits": ((0.3054,) * 3, (0.3753,) * 3),
 }
-SPLITS = ("train", "val", "test")  # folders of an image folder; only val/ or test/ is enough for evaluation
+SPLITS = ("train", "val", "test")  # folders of an image folder; to evaluate, val/ or test/ is enough
 VALIDATION_DIGITS = 360  # the last of the 1,797, by other writers than the first ones
 # Suffixes of pictures that torchvision's image folders do not read.
 OTHER_PICTURES = {".gif", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".svg"}
@@ -102,7 +102,7 @@ class Split:
 
 
 def resolve(name: str, folder: str | None, trained_on: str | None = None) -> str:
-    """The data set's name; "auto" becomes what the folder contains, `trained_on` if it can be that. UsageError: it cannot be told."""
+    """The data set's name; "auto": what the folder contains, preferably `trained_on`. UsageError: nothing fits."""
     if name == "auto" and folder is None and trained_on == "digits":
         return trained_on
     if name != "digits" and folder is None:

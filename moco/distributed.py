@@ -31,7 +31,7 @@ def cores() -> int:
 
 
 def parallel(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Averages the model's gradients over the processes. All begin with rank 0's state, then have their own statistics."""
+    """Averages the model's gradients over the processes. All start from rank 0's state; each keeps its own statistics."""
     if world_size() == 1:
         return model
     for buffer in model.buffers():  # with SYNC_BUFFERS some releases of PyTorch leave them as they are
@@ -116,7 +116,9 @@ def exchange(x: Tensor, order: Tensor, on_host: Tensor) -> Tensor:
     if world_size() == 1:
         return x[order]
     me, by_process = rank(), (world_size(), len(x))
-    mine = (order // len(x) == me).int().argsort(descending=True, stable=True)[: len(x)]  # new rows that are here now
+    mine = (
+        (order // len(x) == me).int().argsort(descending=True, stable=True)[: len(x)]
+    )  # new rows that this process has
     senders = order.view(by_process)[me] // len(x)
     sent = (on_host // len(x) == me).view(by_process).sum(1).tolist()
     received = (on_host.view(by_process)[me] // len(x)).bincount(minlength=world_size()).tolist()

@@ -65,7 +65,7 @@ class PadShortcut(nn.Module):
 class resnet20(nn.Module):
     """The 20-layer CIFAR ResNet of He et al. (arXiv:1512.03385, section 4.2): three stages, 16, 32 and 64 wide.
 
-    (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 MFLOP (multiply-adds) per 32x32 image.
+    (N, 3, H, W) -> (N, num_classes). 0.27 million parameters, 41 million multiply-adds per 32x32 image.
     """
 
     def __init__(self, num_classes: int):

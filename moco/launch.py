@@ -102,7 +102,9 @@ def plan(
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "RANK" not in environment and world_size <= 1:
         text = "use scripts/slurm.sh, or start torchrun in one task per node"
-        raise UsageError(f"RANK is not set: each of the {tasks} tasks of this srun step would train alone; {text}")
+        raise UsageError(
+            f"RANK is not set: each of the {tasks} tasks of this srun step would train a model of its own; {text}"
+        )
     nodes, node = (world_size, rank) if world_size >= 1 else (1, 0)
     if not 0 <= node < nodes:
         raise UsageError(f"--rank {rank} is not one of the {nodes} nodes: it is 0 to {nodes - 1}")
@@ -173,14 +175,14 @@ def choose_device(gpu: int | None = None) -> torch.device:
     if gpu is None and not gpus:
         return torch.device("cpu")
     if gpu is not None and gpu >= gpus:
-        raise UsageError(f"--gpu {gpu}: this machine shows {gpus} GPUs")
+        raise UsageError(f"--gpu {gpu}: this machine has {gpus} visible GPUs")
     if gpu is None and 1 < gpus < processes:
-        raise UsageError(f"{processes} processes need a GPU each: this machine shows {gpus}")
+        raise UsageError(f"{processes} processes need one GPU each, but only {gpus} are visible")
     device = torch.device("cuda", gpu if gpu is not None else distributed.local_rank if gpus > 1 else 0)
     try:
         torch.cuda.set_device(device)
     except RuntimeError as error:
-        text = f"the GPU cannot be used: {first_line(error)} (CUDA_VISIBLE_DEVICES= trains on the CPU)"
+        text = f"the GPU cannot be used: {first_line(error)} (set CUDA_VISIBLE_DEVICES= to train on the CPU)"
         raise RunError(text) from None
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means float32; bf16 is for speed

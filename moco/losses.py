@@ -115,7 +115,7 @@ def reduced(loss: Tensor, counted: Tensor, reduction: str) -> Tensor | tuple[Ten
 
 @torch.no_grad()
 def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contrast: Tensor | None = None) -> Tensor:
-    """Shows whether a loss near log K is normal, as a (4,) float32 tensor.
+    """(4,) float32 measures of the contrast, which show whether a loss near log K is normal.
 
     In the order of HEALTH: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
     to the positives, to the negatives, and mean number of positives per query.

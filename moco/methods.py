@@ -23,10 +23,10 @@ class Method:
 
     model: its class; `forward` returns the loss. build: makes the model from its class, a base encoder, the options and
     the number of classes. add_options: adds the method's own options to a parser. defaults: those that differ from
-    MoCo's. views: per image. recipe: of each view, without --aug-plus and the like. learning_rate: at a time of the
-    run, in epochs. labels: `forward` takes labels. labels_only: it needs a label for each image, and the model's own
-    classifier is evaluated after each epoch. shuffle_keys: see batches.Batches. classifier: makes the function from
-    images to scores, from the model; None without a classifier.
+    MoCo's. views: their number per image. recipe: the default recipe of each view; --aug-plus and the like replace it.
+    learning_rate: the lr at a time of the run, in epochs. labels: `forward` takes labels. labels_only: every image
+    needs a label, and the model's own classifier is evaluated after each epoch. shuffle_keys: see batches.Batches.
+    classifier: makes a function from images to scores of a model; None without a classifier.
     """
 
     model: type[nn.Module]

@@ -154,7 +154,8 @@ def linear_parser(description: str) -> Parser:
     own = dict(schedule=recipe["schedule"], drop={0.1: "tenth", 0.2: "fifth"}[recipe["lr_decay"]])
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, **own)
     add = parser.adder()
-    add("--pretrained", metavar="PATH", help="checkpoint of a pretraining script, or of MoCo itself")
+    add("--pretrained", metavar="PATH", 
+        help="weights to evaluate: a checkpoint of this project, MoCo or SupContrast, or a ResNet of torchvision or timm")
     add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco",
         help="supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)")
     add("-e", "--evaluate", action="store_true",
@@ -174,14 +175,13 @@ def base_parser(
     add("-a", "--arch", resumed=KEEP,
         help="resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or "
              "--pretrained, else resnet50)")
-    add("-j", "--workers", type=count, metavar="N",
-        help="data-loading workers of this machine, unused for data in memory (default: as many as there are cores, at "
-             "most 8 per process)")
+    add("-j", "--workers", type=count, default=8, metavar="N",
+        help="data-loading workers per node, shared by its processes; unused for data in memory (default: %(default)s)")
     add("--epochs", resumed=TELL, type=positive_int, default=epochs, metavar="N",
         help="total epochs (default: %(default)s)")
     add("--start-epoch", type=count, default=0, metavar="N", help="first epoch, counting from 0 (default: %(default)s)")
     add("-b", "--batch-size", resumed=KEEP, type=positive_int, default=256, metavar="N",
-        help="global batch, over all processes of all machines (default: %(default)s)")
+        help="global batch, over all processes of all nodes (default: %(default)s)")
     add("--lr", "--learning-rate", resumed=TELL, type=amount, default=lr,
         help="learning rate; never rescaled with the batch (default: %(default)s)")
     add("--schedule", resumed=TELL, type=count, nargs="*", default=schedule, metavar="EPOCH",
@@ -198,18 +198,18 @@ def base_parser(
     add("--multiprocessing-distributed", action="store_true",
         help="one process per visible GPU (ignored under torchrun and scripts/slurm.sh, like the next four options)")
     add("--gpu", type=count, metavar="ID", help="the only GPU to use")
-    add("--world-size", type=int, default=-1, metavar="N", help="number of machines (default: 1)")
-    add("--rank", type=int, default=-1, metavar="R", help="this machine's number, counting from 0")
+    add("--world-size", type=int, default=-1, metavar="N", help="number of nodes (default: 1)")
+    add("--rank", type=int, default=-1, metavar="R", help="this node's number, counting from 0")
     add("--dist-url", default=DIST_URL, metavar="tcp://HOST:PORT",
-        help="address of the first machine, for several processes (default: %(default)s)")
+        help="address of the first node, for several processes (default: %(default)s)")
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
     add = parser.adder("beyond the reference: data and speed")
     add("--output-dir", default=".", metavar="DIR",
         help="folder for checkpoints, log.csv and tensorboard/ (default: the current folder)")
     add("--dataset", resumed=KEEP, choices=DATASETS, default="auto",
-        help="auto: an image folder where DIR/train exists, else CIFAR-10, downloaded if absent; "
-             "digits needs no DIR (default: auto)")
+        help="auto: an image folder if DIR has train/, val/ or test/, else the CIFAR in DIR, or CIFAR-10 downloaded to an "
+             "empty DIR; digits needs no DIR (default: auto)")
     add("--per-class", resumed=KEEP, type=positive_int, metavar="N",
         help="use only the first N training images per class")
     add("--holdout", resumed=KEEP, type=count, default=0, metavar="N",
@@ -250,7 +250,9 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
     if args.warm_up is None:  # SupContrast's authors, for batches over 256
         args.warm_up = 10 if args.batch_size > 256 else 0
     if args.batch_size % args.groups:
-        raise UsageError(f"-b {args.batch_size} cannot be cut into --bn-splits {args.bn_splits} equal chunks")
+        raise UsageError(
+            f"-b {args.batch_size} is not a multiple of {args.groups} (--bn-splits {args.bn_splits} times processes)"
+        )
     if args.batch_size < 2 * args.groups:
         raise UsageError(f"-b {args.batch_size}: batch norm needs 2 images in each of its {args.groups} groups")
     if args.start_epoch >= args.epochs:
@@ -294,10 +296,6 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
             f"note: -b {args.batch_size} is the global batch, over all {nodes} nodes; MoCo's -b is per node (its "
             f"-b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} in this project)"
         )
-    if args.workers is None:
-        cores, processes = distributed.cores(), distributed.processes_on_node
-        mine = cores // processes if cores == os.cpu_count() else cores  # a launcher may have given each its own
-        args.workers = processes * max(1, min(8, mine))
     args.dataset = datasets.resolve(args.dataset, args.data)
     mean, std = datasets.STATISTICS[args.dataset]
     if args.dataset == "imagefolder" and args.image_size > augment.SMALL:  # ImageNet and its like

@@ -65,7 +65,8 @@ def prepare(
     if method.labels and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
     if args.aug_crop and not split.of_side(args.image_size):
-        raise UsageError(f"--aug-crop is for images of --image-size {args.image_size} only: choose other views")
+        size = f"{args.image_size} x {args.image_size} pixels (--image-size, at most {datasets.LARGEST_SIDE})"
+        raise UsageError(f"--aug-crop needs images of {size}: choose other views")
     options.agree(args, device, split, saved)
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)

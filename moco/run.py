@@ -149,7 +149,7 @@ class Run:
             if not math.isfinite(loss):
                 raise RunError(
                     f"the loss of epoch {self.epoch}, step {number}, is not finite; {self.advice}. "
-                    "The last checkpoint is from before it"
+                    "The last checkpoint was saved before this step"
                 )
         moved, self.step, self.lr = step + 1 - self.step, step + 1, lr
         self.stopping, self.saving = stop > 0, stop + late > 0
@@ -253,7 +253,7 @@ class Log:
     """One row per epoch in FOLDER/NAME.csv, and the same values in FOLDER/tensorboard/NAME. Rank 0 has one.
 
     The first new row replaces an earlier run's rows. A resumed run keeps those before its first epoch, so that no epoch
-    is there twice.
+    appears twice.
     """
 
     def __init__(self, folder: str | Path, name: str, columns: list[str], first_epoch: int = 0):

@@ -3,8 +3,8 @@
     python scripts/bench.py --quick            # views, and the loop against bare encoders
     python scripts/bench.py --out bench.json   # and the time of a step by batch and queue
 
-Images are random pixels: no data set is needed. The encoders are ResNet-50 at batch 256 in bfloat16 on a GPU, ResNet-18
-at batch 128 in float32 on a CPU.
+Images are random pixels, and scikit-learn's two photos for JPEGs: no data set is needed. The encoders are ResNet-50 at
+batch 256 in bfloat16 on a GPU, ResNet-18 at batch 128 in float32 on a CPU.
 """
 
 import os

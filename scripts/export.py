@@ -1,4 +1,4 @@
-"""Writes a checkpoint's encoder in a format that other programs read, and runs it there.
+"""Writes a checkpoint's encoder in a format that other programs read, and compares what it computes there.
 
     python scripts/export.py CHECKPOINT encoder.pth            # state dict with torchvision's names
     python scripts/export.py CHECKPOINT encoder.safetensors    # the same names; timm reads it, too

@@ -41,7 +41,11 @@ THUMBNAIL = 64  # side in pixels of an image on the sheet of neighbours
 def main():
     parser = options.Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of this project or of MoCo, or a file of pretrained/")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="of this project, MoCo or SupContrast, or a ResNet of torchvision or timm",
+    )
     add("data", nargs="?", metavar="DATA", help="data folder as for training, or any folder of images")
     add("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
     text = "as for training, or folder: all images below DATA, without labels; digits needs no DATA"
@@ -69,7 +73,9 @@ def images(args, theirs: dict) -> tuple[datasets.Split, list[str]]:
         raise UsageError(f"--dataset folder needs a folder, after the checkpoint; '{args.data or ''}' is not a folder")
     if name == "folder" or (name == "auto" and is_folder and not is_data_set(args.data)):
         if args.split:
-            raise UsageError(f"--split {args.split}: '{args.data}' has no train/ and val/; omit it to take all images")
+            raise UsageError(
+                f"--split {args.split}: '{args.data}' has no train/ and val/; omit --split to take all images"
+            )
         skipped = Counter()
         found = datasets.images_below(os.path.join(args.data, ""), skipped)  # links out of it are followed
         datasets.announce(skipped, args.data)
@@ -78,7 +84,9 @@ def images(args, theirs: dict) -> tuple[datasets.Split, list[str]]:
         name = datasets.resolve(name, args.data, theirs.get("dataset"))
         holdout = theirs.get("holdout", 0) if only_train(args.data, theirs.get("classes")) else 0
         if holdout:
-            say(f"note: the last {holdout} training images of each class are val, as in the run (--holdout {holdout})")
+            say(
+                f"note: the last {holdout} training images of each class are the validation images, as in the run (--holdout {holdout})"
+            )
         split = datasets.load(name, args.data, args.split == "train", holdout=holdout, in_memory=False)
     if split.paths is None:
         return split, [str(i) for i in range(len(split))]

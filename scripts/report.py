@@ -22,8 +22,8 @@ PASSES = "encoder passes per image"  # epochs times Row.passes
 FIRST = f"|network|data|epochs|{PASSES}|options|kNN|top-1 / top-5|published|core-hours|weights".split("|")
 ALL = f"|data|network|epochs|{PASSES}|options|kNN|top-1 / top-5|hardware|time".split("|")
 ANCHOR = {
-    "": "Cross entropy, [He et al.](https://arxiv.org/abs/1512.03385); "
-    "[its best of 200 epochs on the test images](https://github.com/chenyaofo/pytorch-cifar-models)",
+    "": "Cross entropy: [He et al.](https://arxiv.org/abs/1512.03385); "
+    "[pytorch-cifar-models, best of 200 epochs on the test images](https://github.com/chenyaofo/pytorch-cifar-models)",
     "network": "resnet20",
     "published": "91.25; 92.6",
 }

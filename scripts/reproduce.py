@@ -3,7 +3,7 @@
     python scripts/reproduce.py in-200 data/                 # one row, as published
     python scripts/reproduce.py --print                      # the command lines of all rows, nothing run
     python scripts/reproduce.py --small data/                # the six methods with a small network
-    python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/, in a minute
+    python scripts/reproduce.py --verify data/               # the accuracy of every file of pretrained/: ten seconds per file
     python scripts/reproduce.py out-1000 data/ -a resnet20 --epochs 5 --seeds 0 1 2     # scaled down, three seeds
 
 Run an interrupted command again and it continues. Logs and checkpoints are in runs/ROW-NAME-seedN/.
@@ -138,7 +138,7 @@ def reproduce(key, args, seed):
         weights.refuse_another_rows(file, args.results, path)
     ended = folder / "result.json"
     if ended.is_file() and (folder / LINEAR).is_file():
-        say(f"'{folder}' has ended: nothing is trained")
+        say(f"the run in '{folder}' is complete: nothing is trained")
         result = results.read_json(ended)
     else:
         train(folder, lines[0], begun)
@@ -166,7 +166,7 @@ def begin(folder, lines):
     begun = results.read_json(path)
     old = begun.get("commands", [])
     if lines != old and lines[:1] == old[:1] and not (folder / LINEAR).exists():
-        say(f"note: the linear evaluation has not begun; it was to be: {'; '.join(old[1:])}")
+        say(f"note: the linear evaluation has not begun; this command line replaces: {'; '.join(old[1:])}")
         begun["commands"] = lines
     elif [*map(without_folders, lines)] != [*map(without_folders, old)]:
         text = f"'{folder}' was begun with other options: choose another --name, or remove it. It was begun with: "

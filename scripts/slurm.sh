@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains under SLURM on one or more nodes, with one task per GPU:
 #
-#     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.12 -b 256 ... data/
+#     sbatch --nodes 2 scripts/slurm.sh main_moco_out.py -a resnet50 --lr 0.24 -b 512 ... data/
 #
 # Submit it from the repository's folder with the Python environment activated. Without arguments it trains Out as in
 # the README. Two minutes before the time limit the run saves its step and the job is requeued. It then continues from
@@ -30,6 +30,9 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it f
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
+# A data-loading worker for each core of the node, unless "$@" has -j.
+workers=$((SRUN_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))
+
 # Even if it began with --resume PATH, a requeued job continues from its own checkpoint.
 compgen -G "$out/*_last.pth.tar" > /dev/null && set -- "$@" --resume auto
 
@@ -38,7 +41,7 @@ compgen -G "$out/*_last.pth.tar" > /dev/null && set -- "$@" --resume auto
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
     export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
-    exec "$@"' task "${PYTHON:-python}" "$script" --output-dir "$out" --resume auto "$@"
+    exec "$@"' task "${PYTHON:-python}" "$script" -j "$workers" --output-dir "$out" --resume auto "$@"
 status=$?
 
 if [ $status -eq 138 ]; then # stopped by SIGUSR1: saved, but not finished

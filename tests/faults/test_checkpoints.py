@@ -139,4 +139,4 @@ def test_only_one_of_two_machines_finds_the_checkpoint(script, last, tmp_path):
     (tmp_path / "1" / last).touch()
     runs = [start(script, args, tmp_path / str(rank), f"--rank {rank}") for rank in (0, 1)]
     out = [run.communicate(timeout=60)[0] for run in runs]
-    assert [run.returncode for run in runs] == [2, 2] and "only some machines find a checkpoint" in out[0], out
+    assert [run.returncode for run in runs] == [2, 2] and "only some nodes find a checkpoint" in out[0], out

@@ -78,7 +78,10 @@ def test_init_and_its_limits(run, tmp_path):
     args = "--dataset digits --image-size 8 --per-class 2 -b 16 --epochs 1 --output-dir"
     done = run("main_ce.py", args, tmp_path / "ce", "--init", path)
     assert done.status == 0 and "119 tensors taken; not taken: conv1.weight, fc.bias, fc.weight" in done.out, done
-    assert "first convolution is 7x7, this network's is 3x3 and starts anew: --stem imagenet would take it" in done.out
+    assert (
+        "first convolution is 7x7, this network's is 3x3 and keeps its random weights: --stem imagenet would load it"
+        in done.out
+    )
     last = tmp_path / "ce/checkpoint_last.pth.tar"
     done = run("main_ce.py", args, tmp_path / "ce", "--init", path, "--epochs 2 --resume auto")
     assert done.status == 0 and f"note: --init is ignored: this run continues from '{last}'" in done.out, done

@@ -63,8 +63,7 @@ def test_large_images_have_the_statistics_of_imagenet(size, expected, photos):
 
 
 def test_digits_keep_their_statistics_at_any_size():
-    unset = dict.fromkeys(["data", "mean", "std", "precision", "workers"])
-    args = Namespace(batch_size=4, dataset="digits", image_size=96, **unset)
+    args = Namespace(batch_size=4, dataset="digits", data=None, image_size=96, mean=None, std=None, precision=None)
     assert options.resolve(args, torch.device("cpu")).mean == list(datasets.STATISTICS["digits"][0])
 
 
@@ -101,20 +100,6 @@ def test_long_runs_on_a_gpu_are_compiled_if_they_can_be(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert not compiled(150)
-
-
-@pytest.mark.parametrize(
-    "cores, machine, processes, workers",
-    [(96, 96, 8, 64), (16, 16, 1, 8), (4, 4, 8, 8), (4, 64, 8, 32)],  # the last: each process has cores of its own
-)
-def test_the_default_number_of_workers(cores, machine, processes, workers, monkeypatch):
-    monkeypatch.setattr(distributed, "cores", lambda: cores)
-    monkeypatch.setattr(distributed, "processes_on_node", processes)
-    monkeypatch.setattr(options.os, "cpu_count", lambda: machine)
-    args = options.pretrain_parser("").parse_args(["--dataset", "digits"])
-    assert options.resolve(args, torch.device("cpu")).workers == workers
-    args.workers = 3
-    assert options.resolve(args, torch.device("cpu")).workers == 3
 
 
 def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):

@@ -53,9 +53,9 @@ def test_processes_that_options_start(gpus, options, ranks, world_size, master):
         (1, 4, 3, None, "cuda:0"),  # each process sees its own GPU, numbered 0
         (4, 4, 3, None, "cuda:3"),
         (4, 1, 0, 2, "cuda:2"),
-        (2, 4, 3, None, "4 processes need a GPU each: this machine shows 2"),
-        (2, 1, 0, 5, "--gpu 5: this machine shows 2"),
-        (0, 1, 0, 0, "--gpu 0: this machine shows 0"),
+        (2, 4, 3, None, "4 processes need one GPU each, but only 2 are visible"),
+        (2, 1, 0, 5, "--gpu 5: this machine has 2 visible GPUs"),
+        (0, 1, 0, 0, "--gpu 0: this machine has 0 visible GPUs"),
     ],
 )
 def test_the_device_of_a_process(gpus, processes, local_rank, gpu, device, monkeypatch):
@@ -91,8 +91,8 @@ STEP = dict(SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3")
             {},
             "not LOCAL_RANK, LOCAL_WORLD_SIZE: use torchrun",
         ),
-        (STEP, {}, "8 tasks of this srun step would train alone; use scripts/slurm.sh"),
-        (STEP, OPTIONS, "8 tasks of this srun step would train alone"),
+        (STEP, {}, "8 tasks of this srun step would train a model of its own; use scripts/slurm.sh"),
+        (STEP, OPTIONS, "8 tasks of this srun step would train a model of its own"),
         ({}, dict(dist_url="file:///tmp/meet"), "file:///tmp/meet': use tcp://HOST:PORT, or .* torchrun"),
         ({}, dict(dist_url="tcp://localhost"), "tcp://HOST:PORT"),
         ({}, dict(world_size=2, rank=2), "--rank 2 is not one of the 2 nodes"),

@@ -39,17 +39,18 @@ def main() -> None:
 
 def evaluate_linear(args: Namespace, device: torch.device) -> None:
     """Evaluates, or trains while no other linear evaluation may use the output folder."""
-    options.agree(args, device)  # before any other collective
     with nullcontext() if args.evaluate else lock(args.output_dir, "linear"):
         prepare(args, device)
 
 
 def prepare(args: Namespace, device: torch.device) -> None:
     """Loads encoder and images, then evaluates or trains a classifier."""
-    if not args.evaluate or args.resume == "auto":  # -e writes nothing
-        args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR)
+    args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR, writes=not args.evaluate)
     source, saved, weights = read(args)
     args = options.resolve_linear(args, device, source, saved, weights)
+    options.agree(
+        args, device, saved=saved
+    )  # until here all processes have the same collectives, whatever they have read
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False, classes=saved["options"].get("classes") if args.resume else None)
@@ -88,7 +89,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
             f"'{source}' was trained with --aug-crop: all images must be {args.image_size} x {args.image_size} pixels "
             f"(--image-size, at most {datasets.LARGEST_SIDE})"
         )
-    options.agree(args, device, split, saved if args.resume else None)
+    options.agree(args, device, split)
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)
     args = options.complete(args, split, -(-len(split) // args.batch_size), device)
@@ -203,7 +204,7 @@ def train(
                 run.add(step, loss * distributed.world_size())  # the mean of these is the global batch's
                 if run.due(step):
                     run.sync(step, lr)
-                    if run.saving and step + 1 < len(batches):
+                    if run.saving:
                         save(epoch, run.state())
                         run.exit_if_stopping()
             row = run.summary()

@@ -6,8 +6,10 @@ data-loading workers.
 """
 
 import atexit
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from moco import augment, distributed
 from moco.datasets import Split, pixels
 from moco.errors import WORKER_DIED, RunError, UsageError
-from moco.run import ignore_signals
+from moco.run import STOP_SIGNALS
 
 # The kinds of random choices, a part of their seeds: no two kinds share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
@@ -72,7 +74,7 @@ class Batches:
         drop_last: omit the last batch if it is smaller than the others.
         workers: data-loading workers of this machine, over all its processes. They prepare the next epoch, up to
             `epochs`, during the current one.
-        compile: torch.compile the views. evaluated: images are evaluated during the training.
+        compile: torch.compile the views.
     """
 
     def __init__(
@@ -90,7 +92,6 @@ class Batches:
         workers: int = 8,
         epochs: int = 1,
         compile: bool = False,
-        evaluated: bool = True,
     ):
         if drop_last and len(split) < batch_size:
             raise UsageError(f"the {len(split)} training images are fewer than one batch (-b {batch_size})")
@@ -98,9 +99,7 @@ class Batches:
         self.plan = Plan(len(split), batch_size, seed, drop_last)
         self.labels, self.images = split.labels.to(device), split.images
         in_files = split.images is None
-        self.files = (
-            Files(Crops(split, recipes, seed), self.plan, epochs, workers, device, evaluated) if in_files else None
-        )
+        self.files = Files(Crops(split, recipes, seed), self.plan, epochs, workers, device) if in_files else None
         self.views = [augment.Views(r, mean, std, device, compile, cropped=in_files) for r in recipes]
 
     def __len__(self) -> int:
@@ -150,9 +149,8 @@ class Batches:
 class Files:
     """Images in files, decoded and cropped by data-loading workers, which live for all epochs."""
 
-    def __init__(self, dataset: "Crops", plan: Plan, epochs: int, workers: int, device: torch.device, evaluated: bool):
+    def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
         self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
-        self.beside = dataset.empty.shape[2:].numel() * evaluated  # an evaluation's crop is as large as one of these
         self.stream, self.next = None, None  # the workers' batches, and the (epoch, step) of the next one
 
     def __call__(self, epoch: int, step: int) -> list[Tensor]:
@@ -168,7 +166,7 @@ class Files:
     def start(self, epoch: int, first: int) -> Iterator[Tensor]:
         epochs, share = range(epoch, max(self.epochs, epoch + 1)), -(-self.plan.batch_size // distributed.world_size())
         items, steps = islice(self.items(epochs), first, None), len(self.plan) * len(epochs) - first
-        return load_batches(self.dataset, items, steps, share, self.workers, self.device, self.beside)
+        return load_batches(self.dataset, items, steps, share, self.workers, self.device)
 
     def items(self, epochs: Iterable[int]) -> Iterator[list[tuple[int, int]]]:
         """The items (epoch, row) that this process's workers load for each step."""
@@ -189,13 +187,11 @@ def load_batches(
     share: int,
     workers: int,
     device: torch.device,
-    beside: int = 0,
 ) -> Iterator[Tensor]:
     """Yields the batch that `dataset` makes of each step's items, in data-loading workers.
 
     Args:
         items: for each of the `steps` steps, at most `share` of them. workers: of this machine, over all its processes.
-        beside: bytes per item that other workers will need while these have batches ready, in an evaluation.
     Raises:
         RunError: an image cannot be read, or there is too little shared memory.
     """
@@ -203,7 +199,7 @@ def load_batches(
     workers = min(-(-workers // processes), distributed.cores(), steps)
     if workers and os.path.isdir(SHARED_MEMORY):
         # Each worker has two batches ready; without a copy on a GPU the loop has the last one and the one before.
-        size = share * (dataset.empty.shape[1:].numel() + beside)
+        size = share * dataset.empty.shape[1:].numel()
         free, needed = shutil.disk_usage(SHARED_MEMORY).free, min(2 * workers + 2, steps) * size * processes
         if free < needed:
             raise RunError(
@@ -226,6 +222,8 @@ def load_batches(
     try:
         iterator = iter(loader)
     except OSError as error:
+        for worker in multiprocessing.active_children():  # those that have started
+            worker.kill()
         raise RunError(f"data-loading workers cannot be started: {error.strerror}; try a smaller -j") from None
     if workers:  # they ignore signals: a program that does not close this generator would wait for them at its end
         atexit.register(iterator._shutdown_workers)
@@ -247,7 +245,8 @@ def begin_worker(worker: int) -> None:
 
     By itself it would only print why (a full SHARED_MEMORY), and the run would wait for that batch for ever.
     """
-    ignore_signals()
+    for number in STOP_SIGNALS:  # a process that gets one needs its workers for the last step
+        signal.signal(number, signal.SIG_IGN)
     queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 

@@ -182,14 +182,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         group.update(settings)
 
 
-def find(resume: str | None, folder: str, device: torch.device, last: str = LAST) -> str | None:
+def find(resume: str | None, folder: str, device: torch.device, last: str = LAST, writes: bool = True) -> str | None:
     """The checkpoint to resume, or None. `auto` is the last one in the output folder, if any."""
     path = Path(folder, last)
     if resume == "":
         raise UsageError("--resume '' does not name a checkpoint")
     finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))  # only some may have --resume
     if resume != "auto":
-        if path.is_file() and not (resume and os.path.realpath(resume) == os.path.realpath(path)):
+        if writes and path.is_file() and not (resume and os.path.realpath(resume) == os.path.realpath(path)):
             say(f"note: '{path}' will be overwritten; --resume auto continues it")
         return resume
     if 0 < finders < distributed.world_size():

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from os.path import basename, dirname
 from pathlib import Path
 from typing import NoReturn
 
@@ -251,9 +250,8 @@ def images_without_label(folder: str, train: list[str]) -> list[str]:
     real_folder = cache(os.path.realpath)
 
     def real(path):
-        return (
-            os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(dirname(path)), basename(path))
-        )
+        folder, name = os.path.split(path)
+        return os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
 
     labelled = {real(path): path for path in train}
     for path in found:

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -93,12 +92,6 @@ def broadcast(x: Tensor) -> Tensor:
     return x
 
 
-def same(text: bytes, device: torch.device) -> bool:
-    """Whether all processes have the same text."""
-    digests = all_gather(torch.tensor([list(sha256(text).digest())], device=device))
-    return bool((digests == digests[0]).all())
-
-
 def my_rows(x: Tensor) -> Tensor:
     """This process's share of the rows of a tensor that every process has; all shares are equal, if possible."""
     return x.tensor_split(world_size())[rank()]
@@ -116,9 +109,7 @@ def exchange(x: Tensor, order: Tensor, on_host: Tensor) -> Tensor:
     if world_size() == 1:
         return x[order]
     me, by_process = rank(), (world_size(), len(x))
-    mine = (
-        (order // len(x) == me).int().argsort(descending=True, stable=True)[: len(x)]
-    )  # new rows that this process has
+    mine = (order // len(x) == me).int().argsort(descending=True, stable=True)[: len(x)]  # new rows that are here
     senders = order.view(by_process)[me] // len(x)
     sent = (on_host // len(x) == me).view(by_process).sum(1).tolist()
     received = (on_host.view(by_process)[me] // len(x)).bincount(minlength=world_size()).tolist()

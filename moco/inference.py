@@ -8,17 +8,13 @@ from torch import Tensor, nn
 from moco import augment, checkpoint, datasets, encoders
 
 
-def load(path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]:
-    """`build` with the checkpoint of this path."""
-    return build(checkpoint.load(path), path)
-
-
-def build(saved: dict, path: str | Path) -> tuple[nn.Module, augment.Centre, list[str] | None]:
+def load(path: str | Path, saved: dict | None = None) -> tuple[nn.Module, augment.Centre, list[str] | None]:
     """The network in a checkpoint, in eval mode on the CPU; the view that it was evaluated on; its classes.
 
     `fc` is the classifier of a linear evaluation, of cross entropy, or of torchvision's or timm's network; without one
-    it is the identity, and the classes are None.
+    it is the identity, and the classes are None. `saved`: the content of the file, if it has been read.
     """
+    saved = saved or checkpoint.load(path)
     weights = checkpoint.encoder_weights(saved, path)
     known = checkpoint.described(saved, weights, path)
     options, classes = saved["options"], None

@@ -126,7 +126,7 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
     asked = []
 
     def pass_on(number, frame):
-        asked.append(signal.Signals(number))
+        asked.append(signal.Signals(number).name)
         for pid in context.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -139,9 +139,8 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
     except mp.ProcessExitedException as error:
         if error.signal_name is None:  # the failed process has printed its error
             sys.exit(error.exit_code)
-        for number in asked:
-            if number.name == error.signal_name:  # before it could handle signals
-                sys.exit(128 + number)
+        if error.signal_name in asked:  # before it could handle signals
+            sys.exit(128 + signal.Signals[error.signal_name])
         text = f"process {error.error_index} of {len(processes)} was ended by {error.signal_name}; {ADVICE}"
         report_and_exit(RunError(text), processes[error.error_index] | dict(LOCAL_RANK="0"))
 

@@ -9,7 +9,9 @@ import sysconfig
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from importlib.util import find_spec
+from itertools import compress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +37,8 @@ LINEAR_RECIPES = {
 
 
 # What may differ between processes.
-OF_A_PROCESS = ("data", "output_dir", "workers", "gpu", "rank", "dist_url", "resume", "pretrained", "init")
+OF_A_PROCESS = ["data", "output_dir", "save_freq", "workers", "compile", "resume", "pretrained", "init"]
+OF_A_PROCESS += ["multiprocessing_distributed", "gpu", "rank", "dist_url", "dist_backend"]
 
 
 class Options(Namespace):
@@ -154,7 +157,7 @@ def linear_parser(description: str) -> Parser:
     own = dict(schedule=recipe["schedule"], drop={0.1: "tenth", 0.2: "fifth"}[recipe["lr_decay"]])
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, **own)
     add = parser.adder()
-    add("--pretrained", metavar="PATH", 
+    add("--pretrained", metavar="PATH",
         help="weights to evaluate: a checkpoint of this project, MoCo or SupContrast, or a ResNet of torchvision or timm")
     add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco",
         help="supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)")
@@ -275,8 +278,7 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     args.aug_crop = bool(theirs.get("aug_crop"))  # saved, too: a resumed run has the same views
     if args.aug_crop:
         args.train_views, args.centre_crop = augment.PADDED, False
-    args.dataset = datasets.resolve(args.dataset, args.data, theirs.get("dataset"))
-    args = resolve(args, device)
+    args = resolve(args, device, theirs.get("dataset"))
     if args.evaluate:
         args.centre_crop = theirs.get("centre_crop", args.centre_crop)
         if (then := theirs.get("holdout", 0)) != args.holdout:
@@ -286,7 +288,7 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     return args
 
 
-def resolve(args: Namespace, device: torch.device) -> Namespace:
+def resolve(args: Namespace, device: torch.device, trained_on: str | None = None) -> Namespace:
     """Resolves, for every script, what depends on the data set, the device and the processes."""
     args = Namespace(**vars(args))
     if args.batch_size % distributed.world_size():
@@ -296,7 +298,7 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
             f"note: -b {args.batch_size} is the global batch, over all {nodes} nodes; MoCo's -b is per node (its "
             f"-b {args.batch_size} on {nodes} nodes is -b {args.batch_size * nodes} in this project)"
         )
-    args.dataset = datasets.resolve(args.dataset, args.data)
+    args.dataset = datasets.resolve(args.dataset, args.data, trained_on)
     mean, std = datasets.STATISTICS[args.dataset]
     if args.dataset == "imagefolder" and args.image_size > augment.SMALL:  # ImageNet and its like
         mean, std = datasets.IMAGENET
@@ -309,17 +311,16 @@ def resolve(args: Namespace, device: torch.device) -> Namespace:
 def agree(
     args: Namespace, device: torch.device, split: datasets.Split | None = None, saved: dict | None = None
 ) -> None:
-    """UsageError: the processes differ in options, training images, or the checkpoint to resume, if any, `saved`."""
-    if distributed.world_size() == 1:
-        return
-    of_all = {"options": {name: value for name, value in plain(args).items() if name not in OF_A_PROCESS}}
-    if split:
-        of_all["training images"] = split.classes, split.labels.tolist(), [*map(os.path.basename, split.paths or [])]
-    if saved:
-        of_all["checkpoint to resume"] = saved.get("epoch"), saved.get("step")
-    for what, value in of_all.items():
-        if not distributed.same(repr(value).encode(), device):
-            raise UsageError(f"the processes differ in their {what}, see docs/clusters.md")
+    """UsageError: the processes differ in an option, the training images or the checkpoint that they have read."""
+    compared = {name: value for name, value in plain(args).items() if name not in OF_A_PROCESS}
+    compared["the checkpoint"] = saved and (saved.get("epoch"), saved.get("step"))
+    names = [os.path.basename(path) for path in split.paths or []] if split else []
+    compared["the training images"] = split and (split.classes, split.labels.tolist(), names)
+    digests = torch.tensor([[*sha256(repr(value).encode()).digest()] for value in compared.values()], device=device)
+    differ = (distributed.all_gather(digests[None]) != digests).any(2).any(0).tolist()
+    if any(differ):
+        found = ", ".join(compress(compared, differ))
+        raise UsageError(f"the processes differ in {found}: they must be the same on all, see docs/clusters.md")
 
 
 def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
@@ -347,10 +348,10 @@ def can_compile(device: torch.device) -> bool:
 
 def shared_seed(seed: int | None, device: torch.device) -> int:
     """The seed, or a random one, the same on all processes."""
+    drawn = int(distributed.broadcast(torch.randint(2**31, (1,)).to(device)))  # by all, whoever has a seed
     if seed is None:
-        seed = int(distributed.broadcast(torch.randint(2**31, (1,)).to(device)))
-        say(f"seed {seed} (repeat this run with --seed {seed})")
-    return seed
+        say(f"seed {drawn} (repeat this run with --seed {drawn})")
+    return drawn if seed is None else seed
 
 
 def plain(args: Namespace) -> dict:

@@ -34,7 +34,6 @@ def main(method: Method, description: str) -> None:
 
 def train(method: Method, args: Namespace, device: torch.device) -> None:
     """Trains, and keeps other runs out of the output folder."""
-    options.agree(args, device)  # before any other collective
     with lock(args.output_dir, "log"):  # before reading a checkpoint there: another run may be saving it
         fit(method, *prepare(method, args, device), device)
 
@@ -51,6 +50,9 @@ def prepare(
             "main_lincls.py --pretrained evaluates them)"
         )
     args = options.resolve_pretraining(args, device, method.model.__name__, saved["options"] if saved else {})
+    options.agree(
+        args, device, saved=saved
+    )  # until here all processes have the same collectives, whatever they have read
     if saved:
         if args.init:
             say(f"note: --init is ignored: this run continues from '{path}'")
@@ -67,7 +69,7 @@ def prepare(
     if args.aug_crop and not split.of_side(args.image_size):
         size = f"{args.image_size} x {args.image_size} pixels (--image-size, at most {datasets.LARGEST_SIDE})"
         raise UsageError(f"--aug-crop needs images of {size}: choose other views")
-    options.agree(args, device, split, saved)
+    options.agree(args, device, split)
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
     validation = load(False) if args.knn_freq or method.labels_only else None
@@ -127,7 +129,7 @@ def fit(
                 # Nothing up to this line waits for the device.
                 if run.due(step):
                     run.sync(step, lr)
-                    if run.saving and step + 1 < steps:
+                    if run.saving:
                         save(epoch, run.state())
                         run.exit_if_stopping()
             row = run.summary()
@@ -155,7 +157,6 @@ def make_batches(method: Method, args: Options, split: Split, device: torch.devi
         workers=args.workers,
         epochs=args.epochs,
         compile=args.compile,
-        evaluated=method.labels_only or args.knn_freq > 0,
     )
 
 

@@ -39,7 +39,7 @@ class Run:
     Attributes:
         epoch, step: the next step to train.
         losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
-        stopping: a process got a signal, and all have agreed to stop. saving: they have agreed to save, also for that.
+        stopping: a process got a signal, and all have agreed to stop. saving: to save within the epoch, also for that.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Run:
             self.table.close()
         try:
             self.writer.close(failed=kind is not None)
-            if kind is None:
-                distributed.barrier()  # until rank 0 has saved: a signal must not end a process before that
+            if kind in (None, SystemExit):
+                distributed.barrier()  # until rank 0 has saved: neither a signal nor the launcher may end one before
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
@@ -113,11 +113,15 @@ class Run:
         """Yields (step, batch) for the rest of the epoch; `batches` starts at `self.step`."""
         self.first, self.waiting = self.step, 0.0
         self.begun = self.mark = start = time.perf_counter()
-        quiet = None if distributed.rank() == 0 else True  # None: a bar only on a terminal
-        bar = dict(
-            desc=f"epoch {self.epoch}/{self.epochs - 1}", unit="step", leave=False, disable=quiet, file=sys.stdout
-        )
-        with tqdm(total=self.length, initial=self.first, **bar) as self.bar:
+        with tqdm(
+            total=self.length,
+            initial=self.first,
+            desc=f"epoch {self.epoch}/{self.epochs - 1}",
+            unit="step",
+            leave=False,
+            disable=distributed.rank() > 0 or None,  # None: a bar only on a terminal
+            file=sys.stdout,
+        ) as self.bar:
             for step, batch in enumerate(batches, self.first):
                 self.waiting += time.perf_counter() - start  # on a GPU: the time to ask for the batch
                 yield step, batch
@@ -152,7 +156,7 @@ class Run:
                     "The last checkpoint was saved before this step"
                 )
         moved, self.step, self.lr = step + 1 - self.step, step + 1, lr
-        self.stopping, self.saving = stop > 0, stop + late > 0
+        self.stopping, self.saving = stop > 0, stop + late > 0 and self.step < self.length
         self.writer.check()
         self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
 
@@ -234,14 +238,7 @@ class Run:
         self.writer.finish()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
         self.say(f"stopped {where}; --resume auto continues from there")
-        distributed.barrier()  # until rank 0 has saved: the launcher ends all processes when one exits
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
-
-
-def ignore_signals() -> None:
-    """For data-loading workers: the training process handles signals, and still needs them for its last step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -262,10 +259,7 @@ class Log:
         self.path, self.columns = Path(folder, f"{name}.csv"), columns
         self.rows = [row for row in read_log(self.path) if int(row["epoch"]) < first_epoch]
         threading.excepthook = all_but_os_errors
-        try:
-            self.writer = SummaryWriter(os.path.join(folder, "tensorboard", name), purge_step=first_epoch)
-        except OSError as error:
-            raise RunError(f"'{error.filename or self.path}' cannot be written: {error.strerror}") from None
+        self.writer = SummaryWriter(os.path.join(folder, "tensorboard", name), purge_step=first_epoch)
 
     def add(self, epoch: int, **values: float) -> None:
         """Appends a row with the values that were measured in this epoch."""
@@ -315,20 +309,17 @@ def lock(folder: str | Path, name: str) -> Iterator[None]:
     Raises:
         RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
     """
-    if distributed.rank() != 0:
-        distributed.barrier()
-        yield
-        return
     path = Path(folder, f"{name}.lock")
     with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path, "a+b", buffering=0))  # not truncated: it may be another run's
-            acquire(file, path)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        except OSError as error:
-            raise RunError(f"'{error.filename or path}' cannot be written: {error.strerror}") from None
+        if distributed.rank() == 0:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, "a+b", buffering=0))  # not truncated: it may be another run's
+                acquire(file, path)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError as error:
+                raise RunError(f"'{error.filename or path}' cannot be written: {error.strerror}") from None
         distributed.barrier()
         yield
 

@@ -107,7 +107,7 @@ def is_data_set(folder: str) -> bool:
 
 
 def extract(args, saved: dict, split: datasets.Split, paths: list[str], device: torch.device) -> None:
-    encoder, centre, _ = inference.build(saved, args.checkpoint)
+    encoder, centre, _ = inference.load(args.checkpoint, saved)
     encoder.fc = nn.Identity()
     encoder.to(device)
     # Features go to a file without a name: there may be more of them than fit into memory.
@@ -121,15 +121,14 @@ def extract(args, saved: dict, split: datasets.Split, paths: list[str], device: 
         features = np.memmap(raw, np.float32, "r").reshape(len(split), -1)
         with open(tmp, "wb") as file:
             np.savez(file, features=features, labels=split.labels.numpy(), paths=np.array(paths))
-    if args.picture:
-        with writing(args.picture) as picture:
-            sheet(split, features).save(picture)
     say(f"{args.out}: {features.shape[0]:,} features of width {features.shape[1]}")
     search(features, split.labels, device)
     if args.projector:
         project(args.projector, split, features, paths)
         say(f"{args.projector}: tensorboard --logdir {args.projector}")
     if args.picture:
+        with writing(args.picture) as picture:
+            sheet(split, features).save(picture)
         say(f"{args.picture}")
 
 

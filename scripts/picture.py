@@ -89,7 +89,7 @@ def embedding(run, folder=None, most=2000):
     split = datasets.load(args["dataset"], folder, False, **same)
     if len(split) > most:
         split = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most])
-    network, centre, _ = inference.load(path)
+    network, centre, _ = inference.load(path, saved)
     features, labels = evaluate.extract(evaluate.frozen(network.to(device)), split, centre)
     tsne = TSNE(init="pca", perplexity=min(30, (len(features) - 1) / 3), random_state=0)
     return tsne.fit_transform(features.cpu().numpy()), labels.cpu().numpy(), drawable(split.classes)

@@ -46,10 +46,7 @@ def main():
     args = parser.parse_args()
     if not args.results.is_dir():
         raise UsageError(f"there is no folder '{args.results}'")
-    try:
-        report(args.results, args.pages, args.check)
-    except OSError as error:
-        raise RunError(f"'{error.filename}': {error.strerror}") from None
+    report(args.results, args.pages, args.check)
 
 
 def report(folder, pages, check):

@@ -29,7 +29,7 @@ import results
 import weights
 from moco import checkpoint, distributed, launch, options
 from moco.checkpoint import LINEAR
-from moco.errors import RunError, UsageError, say
+from moco.errors import UsageError, say
 from moco.run import read_log
 from picture import embedding
 from results import ROOT, ROWS, SMALL_LINEAR
@@ -125,11 +125,8 @@ def reproduce(key, args, seed):
     arch, epochs = (pretrain[pretrain.index(option) + 1] for option in ("-a", "--epochs"))
     name = f"{args.name or f'{arch}-{epochs}ep'}-seed{seed}"
     folder = args.runs / f"{key}-{name}"
-    try:  # before the hours of work that go there
-        folder.mkdir(parents=True, exist_ok=True)
-        args.results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"'{error.filename}' cannot be made: {error.strerror}") from None
+    for place in (folder, args.results):  # before the hours of work that go there
+        place.mkdir(parents=True, exist_ok=True)
     lines = [shlex.join(command) for command in commands(key, args, seed, folder)]
     begun = begin(folder, lines)
     file = args.weights and seed == args.seeds[0] and args.weights / f"{key.partition('-')[0]}-{arch}.pth.tar"
@@ -141,6 +138,7 @@ def reproduce(key, args, seed):
         say(f"the run in '{folder}' is complete: nothing is trained")
         result = results.read_json(ended)
     else:
+        ended.unlink(missing_ok=True)
         train(folder, lines[0], begun)
         before = results.read_json(path) if path.is_file() else {}
         if not (folder / LINEAR).exists() and "top1" not in before:  # a run cut short from here on has a file, too

@@ -144,7 +144,7 @@ def test_scripts(run, tmp_path):
     refused(run("scripts/picture.py", tmp_path), 1, "not from this project")
     (tmp_path / "runs").touch()
     row = ["in-200", tmp_path, "--runs", tmp_path / "runs"]
-    refused(run("scripts/reproduce.py", *row), 1, "cannot be made")
+    refused(run("scripts/reproduce.py", *row), 1, "Not a directory")
     for args in ("--arch resnet20", "--epochs=3", "-a resnet20"):
         refused(run("scripts/reproduce.py", *row, f"'--pretrain={args}'"), 2, "options of this script")
     refused(run("scripts/reproduce.py", *row, '''"--pretrain=it's"'''), 2, "--pretrain it's", "No closing quotation")

@@ -219,9 +219,9 @@ def test_processes_that_do_not_meet(rank, run, monkeypatch):
 @pytest.mark.parametrize(
     "script, what",
     [
-        ("main_moco_out.py", "options"),
-        ("main_moco_out.py", "training images"),
-        ("main_lincls.py", "training images"),
+        ("main_moco_out.py", "lr"),
+        ("main_moco_out.py", "the training images"),
+        ("main_lincls.py", "the training images"),
     ],
 )
 def test_two_nodes_that_differ_stop_at_the_start(script, what, trained, folder, tmp_path):
@@ -230,8 +230,8 @@ def test_two_nodes_that_differ_stop_at_the_start(script, what, trained, folder, 
     args = [*more, "-b 8 --epochs 1 --seed 0 --output-dir", tmp_path / "out", "--world-size 2"]
     args += [f"--dist-url tcp://localhost:{free_port()} --rank"]
     one, other = folder("one", train=8, val=5), folder("other", train=7, val=5)
-    second = ["--lr 0.2", one] if what == "options" else ["--lr 0.1", other]
+    second = ["--lr 0.2", one] if what == "lr" else ["--lr 0.1", other]
     runs = [start(script, *args, rank, *each) for rank, each in enumerate((["--lr 0.1", one], second))]
     for run in runs:
         out = run.communicate(timeout=60)[0]
-        assert run.returncode == 2 and f"the processes differ in their {what}" in error_line(out), out
+        assert run.returncode == 2 and f"the processes differ in {what}" in error_line(out), out

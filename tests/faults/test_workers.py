@@ -69,6 +69,15 @@ def test_a_batch_that_cannot_be_passed_on(run, photos, tmp_path, monkeypatch):
     refused(done, 1, "a data-loading worker died")
 
 
+def test_workers_that_cannot_be_started(run, photos, tmp_path, monkeypatch):
+    def refuse(loader):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(batches.DataLoader, "__iter__", refuse)
+    done = run("main_moco.py", PHOTOS_MOCO, "-j 2 --output-dir", tmp_path / "out", photos())
+    refused(done, 1, "workers cannot be started: Resource temporarily unavailable", "-j")
+
+
 def test_a_temporary_folder_with_a_long_name(run, photos, tmp_path, monkeypatch):
     """Workers make a socket in it."""
     monkeypatch.setattr(batches, "gettempdir", lambda: "/" + 75 * "x")

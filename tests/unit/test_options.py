@@ -111,10 +111,11 @@ def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
 @pytest.mark.parametrize(
     "what, change",
     [
-        ("options", lambda args, split, saved: setattr(args, "lr", 0.2)),
-        ("training images", lambda args, split, saved: split.labels.fill_(1)),
-        ("training images", lambda args, split, saved: split.paths.sort(reverse=True)),
-        ("checkpoint to resume", lambda args, split, saved: saved.update(step=7)),
+        ("lr", lambda args, split, saved: setattr(args, "lr", 0.2)),
+        ("the training images", lambda args, split, saved: split.labels.fill_(1)),
+        ("the training images", lambda args, split, saved: split.paths.sort(reverse=True)),
+        ("the checkpoint", lambda args, split, saved: saved.update(step=7)),
+        ("the checkpoint", lambda args, split, saved: saved.clear()),  # it has none
         (None, lambda args, split, saved: setattr(args, "workers", 3)),
     ],
 )
@@ -131,7 +132,7 @@ def test_processes_that_differ_are_refused(what, change):
         except UsageError as error:
             return str(error)
 
-    expected = what and f"the processes differ in their {what}, see docs/clusters.md"
+    expected = what and f"the processes differ in {what}: they must be the same on all, see docs/clusters.md"
     assert on_processes(agree, 2) == [expected] * 2
 
 

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -217,7 +216,6 @@ def load_batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=begin_worker,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # workers then share the paths
     )
     try:
         iterator = iter(loader)

@@ -121,7 +121,7 @@ def resolve(name: str, folder: str | None, trained_on: str | None = None) -> str
 
 
 def candidates(folder: str | Path) -> list[str]:
-    """The data sets that are in a folder, or can be downloaded to it because it is empty; none if it is not a folder."""
+    """The data sets that are in a folder, or may be downloaded to it: CIFAR's, beside no other files. None if it is not a folder."""
     if not Path(folder).is_dir():
         return []
     if any(Path(folder, split).is_dir() for split in SPLITS):
@@ -131,7 +131,12 @@ def candidates(folder: str | Path) -> list[str]:
         "cifar100": {"cifar-100-python", "cifar-100-python.tar.gz"},
     }
     inside = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
-    return [name for name, theirs in files.items() if inside & theirs or not inside]
+    both = set().union(*files.values())
+    return [
+        name
+        for name, theirs in files.items()
+        if inside & theirs or not inside or (inside <= both and name == "cifar10")
+    ]
 
 
 def load(

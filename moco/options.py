@@ -211,8 +211,8 @@ def base_parser(
     add("--output-dir", default=".", metavar="DIR",
         help="folder for checkpoints, log.csv and tensorboard/ (default: the current folder)")
     add("--dataset", resumed=KEEP, choices=DATASETS, default="auto",
-        help="auto: an image folder if DIR has train/, val/ or test/, else the CIFAR in DIR, or CIFAR-10 downloaded to an "
-             "empty DIR; digits needs no DIR (default: auto)")
+        help="auto: an image folder if DIR has train/, val/ or test/, else CIFAR-10, downloaded if absent and there are no "
+             "other files; digits needs no DIR (default: auto)")
     add("--per-class", resumed=KEEP, type=positive_int, metavar="N",
         help="use only the first N training images per class")
     add("--holdout", resumed=KEEP, type=count, default=0, metavar="N",
@@ -337,10 +337,6 @@ def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.d
 def can_compile(device: torch.device) -> bool:
     """Is there Triton with all that it needs? Images with only CUDA's runtime have neither a C compiler nor Python.h."""
     if not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0):
-        return False
-    try:
-        torch.compile(torch.nn.Identity())  # compiles nothing yet
-    except RuntimeError:  # PyTorch does not know this version of Python
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return compiler is not None and Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers import PAGES, README, foreign, python_blocks
 from moco import encoders, methods, options
-from processes import ROOT
+from processes import ROOT, start
 
 
 def test_a_custom_training_loop(run, tmp_path, monkeypatch, capfd):
@@ -31,6 +31,15 @@ def test_a_custom_training_loop(run, tmp_path, monkeypatch, capfd):
     )
     done = run("main_lincls.py", "--pretrained mine.pth.tar --dataset digits --image-size 8 --epochs 1 --seed 0")
     assert done.status == 0 and "result: top1=" in done.out, done.err
+
+
+def test_fsdp_as_on_the_page(tmp_path):
+    """The key encoder follows the query encoder."""
+    done = start("tests/subprocesses/sharded.py", tmp_path / "store")
+    out = done.communicate(timeout=60)[0]
+    assert done.returncode == 0, out
+    queries, keys = map(float, out.split()[-2:])
+    assert 0 < keys < queries, out
 
 
 def test_images_with_several_labels():

@@ -16,7 +16,9 @@ def test_which_data_sets_a_folder_can_have(tmp_path):
     (tmp_path / ".hidden").touch()
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "cifar-100-python").mkdir()
-    assert datasets.candidates(tmp_path) == ["cifar100"]
+    assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]  # CIFAR-10 can be downloaded to it
+    assert datasets.resolve("auto", tmp_path) == "cifar10"
+    assert datasets.resolve("auto", tmp_path, "cifar100") == "cifar100"
     (tmp_path / "cifar-10-python.tar.gz").touch()
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "train").mkdir()

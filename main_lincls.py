@@ -48,9 +48,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
     args.resume = checkpoint.find(args.resume, args.output_dir, device, LINEAR, writes=not args.evaluate)
     source, saved, weights = read(args)
     args = options.resolve_linear(args, device, source, saved, weights)
-    options.agree(
-        args, device, saved=saved
-    )  # until here all processes have the same collectives, whatever they have read
+    options.agree(args, device, saved=saved)
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False, classes=saved["options"].get("classes") if args.resume else None)

@@ -180,12 +180,7 @@ class Files:
 
 
 def load_batches(
-    dataset: "Decoded",
-    items: Iterable[list],
-    steps: int,
-    share: int,
-    workers: int,
-    device: torch.device,
+    dataset: "Decoded", items: Iterable[list], steps: int, share: int, workers: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Yields the batch that `dataset` makes of each step's items, in data-loading workers.
 

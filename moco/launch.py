@@ -122,7 +122,6 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
     """Starts the processes of this machine and passes signals on to them; exits with the status of the first to fail."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # not "Terminating process"
     context = mp.start_processes(run, (worker, processes, backend), len(processes), join=False)
-
     asked = []
 
     def pass_on(number, frame):

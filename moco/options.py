@@ -311,7 +311,12 @@ def resolve(args: Namespace, device: torch.device, trained_on: str | None = None
 def agree(
     args: Namespace, device: torch.device, split: datasets.Split | None = None, saved: dict | None = None
 ) -> None:
-    """UsageError: the processes differ in an option, the training images or the checkpoint that they have read."""
+    """UsageError: the processes differ in an option, the training images or the checkpoint that they have read.
+
+    To be called before any collective that depends on one of these: the processes would wait for each other there.
+    """
+    if distributed.world_size() == 1:
+        return
     compared = {name: value for name, value in plain(args).items() if name not in OF_A_PROCESS}
     compared["the checkpoint"] = saved and (saved.get("epoch"), saved.get("step"))
     names = [os.path.basename(path) for path in split.paths or []] if split else []

@@ -50,9 +50,7 @@ def prepare(
             "main_lincls.py --pretrained evaluates them)"
         )
     args = options.resolve_pretraining(args, device, method.model.__name__, saved["options"] if saved else {})
-    options.agree(
-        args, device, saved=saved
-    )  # until here all processes have the same collectives, whatever they have read
+    options.agree(args, device, saved=saved)
     if saved:
         if args.init:
             say(f"note: --init is ignored: this run continues from '{path}'")

@@ -304,7 +304,8 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
 def lock(folder: str | Path, name: str) -> Iterator[None]:
     """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints.
 
-    Rank 0 takes the lock; the others wait until it has. The kernel releases it when that process ends, however it ends; child processes do not inherit it.
+    Rank 0 takes the lock; the others wait until it has. The kernel releases it when that process ends, however it ends;
+    child processes do not inherit it.
 
     Raises:
         RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.

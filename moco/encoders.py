@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
+from moco import distributed
 from moco.errors import UsageError
 
 HIDDEN = 2048  # width of the projection head's hidden layer, whatever the encoder's width
@@ -169,6 +170,15 @@ def split_batch_norm(encoder: nn.Module, splits: int) -> None:
             setattr(encoder.get_submodule(parent), child, SplitBatchNorm(layer, splits))
         elif isinstance(layer, _BatchNorm):
             raise UsageError(f"bn_splits={splits}: layer '{name}' is a {type(layer).__name__}, which cannot be split")
+
+
+def compile_encoder(encoder: nn.Module, device: torch.device) -> None:
+    """torch.compile in place. With one process on a GPU a pass becomes one launch: a CUDA graph replays its kernels.
+
+    The outputs of such a pass last until the next one.
+    """
+    graphs = device.type == "cuda" and distributed.world_size() == 1
+    encoder.compile(mode="reduce-overhead" if graphs else None)
 
 
 def add_mlp_head(network: nn.Module) -> None:

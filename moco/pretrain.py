@@ -171,7 +171,7 @@ def make_model(method: Method, args: Options, device: torch.device, saved: dict 
         checkpoint.load_state(model, saved["state_dict"], path)
     if args.compile:
         for encoder in model.children():
-            encoder.compile()
+            encoders.compile_encoder(encoder, device)
     return model
 
 

@@ -208,19 +208,19 @@ def bare(arch, batch):
     model = builder.MoCoOut(encoders.build(arch), K=1, mlp=True).to(DEVICE, memory_format=torch.channels_last).train()
     query, key = model.encoder_q, model.encoder_k
     if GPU:
-        query.compile()
-        key.compile()
+        encoders.compile_encoder(query, DEVICE)
+        encoders.compile_encoder(key, DEVICE)
     optimizer = torch.optim.SGD(query.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
     views = [torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last) for _ in range(2)]
     own = torch.arange(batch, device=DEVICE)
 
     def step():
+        optimizer.zero_grad()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             with torch.no_grad():  # first, as in the loop: their activations are freed before the queries'
                 keys = F.normalize(key(views[1]).float(), dim=1)
             queries = F.normalize(query(views[0]).float(), dim=1)
             loss = F.cross_entropy(queries @ keys.T / 0.2, own)  # gradients of the loop's size
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return batch

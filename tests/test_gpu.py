@@ -82,6 +82,22 @@ def test_compiled_batch_norm_of_chunks_agrees_with_eager():
         assert (mine - wanted).norm() < 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize(("script", "args"), [("main_moco_in.py", TINY_MOCO), ("main_supcon.py", TINY)])
+def test_compiled_encoders_replay_cuda_graphs(script, args, run, tmp_path, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    losses = []
+    for compiled in ("", "--compile"):
+        done = run(
+            script, args, compiled, "--precision fp32 --epochs 2 --lr 0.01 --output-dir", tmp_path / f"run{compiled}"
+        )
+        assert done.status == 0, done.err
+        losses.append(printed_losses(done.out))
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+    # Of ten steps, the first ones warm up and record. A step is two or three passes: keys, queries, and back.
+    assert len(replays) >= 8 * (3 if "moco" in script else 2)
+
+
 def test_a_compiled_run_is_resumed_and_evaluated(run, tmp_path):
     args = [TINY_MOCO, "--compile --bn-splits 2 --knn-freq 1"]
     args += ["--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:10023"]

@@ -43,6 +43,7 @@ def main():
     add("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     add("--profile", type=Path, metavar="FILE", help="only write a PyTorch trace of five steps of the loop")
     args = parser.parse_args()
+    launch.choose_device()  # with cuDNN's settings: it cannot search for algorithms once a CUDA graph is recorded
     for path in filter(None, (args.out, args.profile)):
         check_output(path, force=True)
     case = ["-a", args.arch, "-b", str(args.batch_size)] + ["--precision", "bf16", "--compile"] * GPU

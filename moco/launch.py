@@ -192,13 +192,17 @@ def join_group(device: torch.device, backend: str, world_size: int) -> None:
         dist.init_process_group(backend, timeout=PATIENCE, device_id=device if device.type == "cuda" else None)
     except (dist.DistError, RuntimeError, ValueError) as error:
         if "NCCL" in str(error):
-            lines = [line for line in str(error).splitlines() if line.strip() not in ("", "Last error:")]
-            reason = lines[-1 if lines[0].startswith("NCCL error") else 0]  # the former names a source file first
-            raise RunError(f"NCCL cannot connect the {world_size} processes: {reason}") from None
+            raise RunError(f"NCCL cannot connect the {world_size} processes: {nccl_reason(error)}") from None
         raise RunError(
             f"the {world_size} processes could not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"(--dist-url) within {PATIENCE.total_seconds() / 60:g} minutes: {first_line(error)}"
         ) from None
+
+
+def nccl_reason(error: Exception) -> str:
+    """The line of an NCCL error that says why: the first, or the last one after a line that names a source file."""
+    lines = [line for line in str(error).splitlines() if line.strip() not in ("", "Last error:")]
+    return lines[-1 if lines[0].startswith("NCCL error") else 0]
 
 
 def leave_group() -> None:
@@ -211,13 +215,14 @@ def explained(error: RuntimeError | OSError) -> RunError:
     """A one-line error for a known failure; any other is raised again, as a bug."""
     if isinstance(error, OSError) and error.strerror:
         return RunError(f"'{error.filename}': {error.strerror}" if error.filename else error.strerror)
-    lines = str(error).strip().splitlines() or [""]
+    if "during capture" in str(error) and error.__context__:  # what ended the recording of a CUDA graph
+        error = error.__context__
     if any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-        return RunError(f"out of memory: a smaller -b or --moco-k, or no --knn-freq, may fit ({lines[0]})")
+        return RunError(f"out of memory: a smaller -b or --moco-k, or no --knn-freq, may fit ({first_line(error)})")
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
         return RunError(WORKER_DIED)
     if distributed.lost_connection(error):
-        others, reason = distributed.world_size(), f" ({lines[-1]})" if "NCCL" in str(error) else ""
+        others, reason = distributed.world_size(), f" ({nccl_reason(error)})" if "NCCL" in str(error) else ""
         return LostError(f"another of the {others} processes has ended or cannot be reached{reason}; {ADVICE}")
     raise error
 

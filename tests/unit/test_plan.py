@@ -146,6 +146,16 @@ def test_the_out_of_memory_error_names_options_to_reduce():
         assert "-b" in text and "--moco-k" in text and str(error) in text
 
 
+def test_memory_that_runs_out_while_a_cuda_graph_is_recorded():
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nMore lines")
+    except RuntimeError as error:
+        assert "out of memory: a smaller -b" in str(launch.explained(error))
+
+
 def test_errors_outside_of_a_run_are_one_line(capsys):
     for error, message in (
         (PermissionError(13, "Permission denied", "data/train"), "'data/train': Permission denied"),

@@ -218,7 +218,8 @@ def explained(error: RuntimeError | OSError) -> RunError:
     if "during capture" in str(error) and error.__context__:  # what ended the recording of a CUDA graph
         error = error.__context__
     if any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-        return RunError(f"out of memory: a smaller -b or --moco-k, or no --knn-freq, may fit ({first_line(error)})")
+        advice = "a smaller -b or --moco-k, no --knn-freq, or --no-compile may fit"
+        return RunError(f"out of memory: {advice} ({first_line(error)})")
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is
         return RunError(WORKER_DIED)
     if distributed.lost_connection(error):

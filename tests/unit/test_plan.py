@@ -153,7 +153,7 @@ def test_memory_that_runs_out_while_a_cuda_graph_is_recorded():
         finally:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nMore lines")
     except RuntimeError as error:
-        assert "out of memory: a smaller -b" in str(launch.explained(error))
+        assert "--no-compile may fit (CUDA out of memory.)" in str(launch.explained(error))
 
 
 def test_errors_outside_of_a_run_are_one_line(capsys):

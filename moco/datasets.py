@@ -130,7 +130,7 @@ def candidates(folder: str | Path) -> list[str]:
         "cifar10": {"cifar-10-batches-py", "cifar-10-python.tar.gz"},
         "cifar100": {"cifar-100-python", "cifar-100-python.tar.gz"},
     }
-    inside = {entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    inside = {entry.name for entry in os.scandir(folder) if not hidden(entry.name)}
     both = set().union(*files.values())
     return [
         name

@@ -163,10 +163,11 @@ def begin(folder, lines):
         results.write_json(path, {"commands": lines, **conditions(), "cpu_seconds": 0.0})
     begun = results.read_json(path)
     old = begun.get("commands", [])
-    if lines != old and lines[:1] == old[:1] and not (folder / LINEAR).exists():
+    mine, its = ([*map(without_folders, each)] for each in (lines, old))
+    if mine != its and mine[:1] == its[:1] and not (folder / LINEAR).exists():
         say(f"note: the linear evaluation has not begun; this command line replaces: {'; '.join(old[1:])}")
         begun["commands"] = lines
-    elif [*map(without_folders, lines)] != [*map(without_folders, old)]:
+    elif mine != its:
         text = f"'{folder}' was begun with other options: choose another --name, or remove it. It was begun with: "
         raise UsageError(text + "; ".join(old))
     return begun

@@ -14,6 +14,7 @@ from moco import datasets
 def test_which_data_sets_a_folder_can_have(tmp_path):
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / ".hidden").touch()
+    (tmp_path / "@eaDir").mkdir()
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]
     (tmp_path / "cifar-100-python").mkdir()
     assert datasets.candidates(tmp_path) == ["cifar10", "cifar100"]  # CIFAR-10 can be downloaded to it

@@ -70,21 +70,21 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert run.returncode == -signal.SIGINT and "stopped" not in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize("script, device", [("main_moco.py", None), ("scripts/reproduce.py", "/dev/full")])
-def test_output_that_cannot_be_written_stops_the_run(tmp_path, script, device):
+@pytest.mark.parametrize(
+    "script, args, device",
+    [("main_moco.py", f"{TINY_MOCO} --epochs 1", None), ("scripts/reproduce.py", "--print", "/dev/full")],
+)
+def test_output_that_cannot_be_written_stops_the_run(tmp_path, script, args, device):
     """A closed pipe, and a full disk."""
     if device and not Path(device).exists():
         pytest.skip(f"there is no {device}")
-    reader, writer = os.pipe()
-    os.close(reader)
     if device:
-        os.close(writer)
         writer = os.open(device, os.O_WRONLY)
-    args = {"main_moco.py": f"{TINY_MOCO} --epochs 1 --output-dir {tmp_path}", "scripts/reproduce.py": "--print"}[
-        script
-    ]
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
     command = [sys.executable, str(ROOT / script), *args.split()]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
     os.close(writer)
     message = f"{Path(script).name}: error: stdout cannot be written: "
     assert done.returncode == 1 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done

@@ -19,8 +19,8 @@ from picture import scatter
 from results import BY_NAME, NAMES, ROOT, ROWS
 
 PASSES = "encoder passes per image"  # epochs times Row.passes
-FIRST = f"|network|data|epochs|{PASSES}|options|kNN|top-1 / top-5|published|core-hours|weights".split("|")
-ALL = f"|data|network|epochs|{PASSES}|options|kNN|top-1 / top-5|hardware|time".split("|")
+FIRST = f"|network|data|epochs|{PASSES}|options|seeds|kNN|top-1 / top-5|published|weights".split("|")
+ALL = f"|data|network|epochs|{PASSES}|options|seeds|kNN|top-1 / top-5|hardware|time".split("|")
 ANCHOR = {
     "": "Cross entropy: [He et al.](https://arxiv.org/abs/1512.03385); "
     "[pytorch-cifar-models, best of 200 epochs on the test images](https://github.com/chenyaofo/pytorch-cifar-models)",
@@ -102,12 +102,13 @@ def place(runs):
 
 
 def chosen_options(run):
-    """The options that are shown of every run: views, precision, learning rate and temperature."""
+    """The options that are shown of every run: views, optimiser, precision, learning rate and temperature."""
     given = run["options"]["pretrain"]
-    views = [f"`--{name.replace('_', '-')}`" for name in ("aug_plus", "aug_mild", "aug_crop") if given.get(name)]
-    views += ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
+    switches = ("aug_plus", "aug_mild", "aug_crop", "nesterov", "no_bias_decay")
+    chosen = [f"`--{name.replace('_', '-')}`" for name in switches if given.get(name)]
+    chosen += ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
     values = [f"`--{name.replace('_', '-')} {given[name]}`" for name in ("lr", "moco_t", "temp") if name in given]
-    return ", ".join([*views, given["precision"], *values])
+    return ", ".join([*chosen, given["precision"], *values])
 
 
 def is_full(run):
@@ -124,7 +125,6 @@ def run_table(groups, titles, *more):
 def described(runs):
     """The cells of a table, by title, for runs that differ only in their seed."""
     run = runs[0]
-    on_cpu = run["hardware"]["name"].startswith("cpu")
     weights = next((r["weights"]["file"] for r in runs if "weights" in r), None)
     minutes = statistics.mean(r["pretrain_seconds"] + r["linear_seconds"] for r in runs) / 60
     own = f"(own classifier: {scores_of(runs, 'classifier_')})" if "classifier_top1" in run else ""
@@ -136,10 +136,10 @@ def described(runs):
         "epochs": run["epochs"],
         PASSES: run["epochs"] * BY_NAME[run["row"]].passes,
         "options": chosen_options(run),
+        "seeds": len(runs),
         "kNN": spread(runs, "knn"),
         "top-1 / top-5": f"{linear} {own}".strip() or "kNN only",
         "published": published(run) if is_full(run) else "",
-        "core-hours": spread(runs, "cpu_seconds", 3600) if on_cpu else "",
         "weights": f"[{Path(weights).name}]({weights})" if weights else "",
         "hardware": "; ".join(sorted({machine(r) for r in runs})),
         "time": f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h",
@@ -150,12 +150,12 @@ def scores_of(runs, whose=""):
     return " / ".join(spread(runs, f"{whose}{name}") for name in ("top1", "top5"))
 
 
-def spread(runs, name, unit=1):
+def spread(runs, name):
     """The mean of what is measured, and if there are several the standard deviation."""
-    values = [run[name] / unit for run in runs if run.get(name) is not None]
+    values = [run[name] for run in runs if run.get(name) is not None]
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def machine(file):

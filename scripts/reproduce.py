@@ -107,16 +107,17 @@ def commands(key, args, seed, folder):
 
 
 def last_of_each(words):
-    """Options with their values; of one that is given twice, the last. "--lr=0.6" becomes two words."""
+    """Options with their values; of one that is given twice, the last, and of views. "--lr=0.6" becomes two words."""
     found = {}
     for word in words:
         if word.startswith("-"):
-            name, *value = word.split("=", 1)
+            option = word.split("=", 1)
+            name = "views" if word.startswith("--aug-") else option[0]
             found.pop(name, None)
-            found[name] = value
+            found[name] = option
         elif found:
             found[name].append(word)
-    return [word for name, values in found.items() for word in (name, *values)]
+    return [word for option in found.values() for word in option]
 
 
 def reproduce(key, args, seed):

@@ -85,6 +85,8 @@ def test_rows_and_recipes(run):
         (line,) = [line for line in small if f"main_{script}.py" in line]
         assert f"--lr {max(knn, key=knn.get)} " in line
         assert all(f"{value:.1f}" in PAGES["results.md"] for value in knn.values())
+    other_views = run("scripts/reproduce.py", "--print in-200 --pretrain=--aug-crop").out.splitlines()[0]
+    assert "--moco-t 0.2 --cos" in other_views and "--aug-crop" in other_views
     refused = run("scripts/reproduce.py", "in-300 data/")
     assert refused.status == 2 and "unknown row 'in-300'" in refused.err
 

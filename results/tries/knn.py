@@ -4,9 +4,13 @@ python results/tries/knn.py CHECKPOINT data/        (from the project's folder, 
 """
 
 import sys
+from dataclasses import replace
 
 from moco import datasets, evaluate, inference
 
 encoder, centre, _ = inference.load(sys.argv[1])
 train, validation = (datasets.load(datasets.resolve("auto", sys.argv[2]), sys.argv[2], part) for part in (True, False))
+centre = replace(
+    centre, crop=True
+)  # for all alike: load() has none for cross entropy, whose own classifier sees whole images
 print(f"{evaluate.knn(encoder, train, validation, centre):.2f}")

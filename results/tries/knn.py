@@ -10,7 +10,6 @@ from moco import datasets, evaluate, inference
 
 encoder, centre, _ = inference.load(sys.argv[1])
 train, validation = (datasets.load(datasets.resolve("auto", sys.argv[2]), sys.argv[2], part) for part in (True, False))
-centre = replace(
-    centre, crop=True
-)  # for all alike: load() has none for cross entropy, whose own classifier sees whole images
+# The crop for all alike: load() has none for cross entropy, whose own classifier sees whole images.
+centre = replace(centre, crop=True)
 print(f"{evaluate.knn(encoder, train, validation, centre):.2f}")

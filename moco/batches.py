@@ -307,14 +307,16 @@ class Centres:
         return max(1, -(-len(self.split) // (self.batch * distributed.world_size())))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = torch.arange(len(self.split))[distributed.rank() :: distributed.world_size()]
-        rows = [mine[i * self.batch : (i + 1) * self.batch] for i in range(len(self))]
+        # Slices, because rows chosen by indices from the CPU wait for the device.
+        mine = slice(distributed.rank(), None, distributed.world_size())
+        parts = [slice(i * self.batch, (i + 1) * self.batch) for i in range(len(self))]
         if self.split.images is not None:
-            make, loaded = self.centre, (self.split.images[some] for some in rows)
+            kept = self.split.images[mine]
+            make, loaded = self.centre, (kept[part] for part in parts)
         else:
             make, dataset = self.centre.normalise, CentreCrops(self.split, self.centre)
-            items = [some.tolist() for some in rows]
+            items = [[*range(len(self.split))[mine][part]] for part in parts]
             loaded = load_batches(dataset, items, len(items), self.batch, self.workers, self.device)
         with closing(loaded):
-            for some, images in zip(rows, loaded, strict=True):
-                yield make(images.to(self.device, non_blocking=True)), self.labels[some]
+            for part, images in zip(parts, loaded, strict=True):
+                yield make(images.to(self.device, non_blocking=True)), self.labels[mine][part]

@@ -33,20 +33,17 @@ def accuracy(
         images; (classes, classes) int64 on the CPU: how many images of class i have their highest score at class j, or
         None for more than LARGEST_CONFUSION classes.
     """
-    among5 = counts = pairs = 0
-    for inputs, labels in batches:
-        best = network(inputs).topk(min(5, classes), dim=1).indices
-        right = best == labels[:, None]
-        among5 = among5 + right.any(1).sum()
-        right_and_all = (labels[right[:, 0]], labels)
-        counts = counts + torch.stack([some.bincount(minlength=classes) for some in right_and_all])
-        if classes <= LARGEST_CONFUSION:
-            pairs = pairs + (labels * classes + best[:, 0]).bincount(minlength=classes * classes)
-    counts = distributed.all_sum(counts)
-    hits = torch.stack([counts[0].sum(), distributed.all_sum(among5)])
-    top1, top5 = (100 * hits.double() / counts[1].sum()).tolist()
-    confusion = distributed.all_sum(pairs).view(classes, classes).cpu() if classes <= LARGEST_CONFUSION else None
-    return top1, top5, counts.cpu(), confusion
+    # Counted at the end: each bincount waits for the device.
+    found = [(network(inputs).topk(min(5, classes), dim=1).indices, labels) for inputs, labels in batches]
+    best, labels = map(torch.cat, zip(*found, strict=True))
+    right = best == labels[:, None]
+    counts = torch.stack([some.bincount(minlength=classes) for some in (labels[right[:, 0]], labels)])
+    counts, among5 = distributed.all_sum(counts), distributed.all_sum(right.any(1).sum())
+    top1, top5 = (100 * torch.stack([counts[0].sum(), among5]).double() / counts[1].sum()).tolist()
+    if classes > LARGEST_CONFUSION:
+        return top1, top5, counts.cpu(), None
+    pairs = (labels * classes + best[:, 0]).bincount(minlength=classes * classes)
+    return top1, top5, counts.cpu(), distributed.all_sum(pairs).view(classes, classes).cpu()
 
 
 def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:

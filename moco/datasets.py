@@ -200,11 +200,11 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        for mine in (distributed.rank() == 0, distributed.local_rank == 0):
-            if mine:
-                kind(folder, train, download=True)  # only if it is not there
+        data = None  # read once: torchvision checks its 170 MB each time
+        for mine in (distributed.rank() == 0, distributed.local_rank == 0, True):
+            if mine and data is None:
+                data = kind(folder, train, download=True)  # only if it is not there
             distributed.barrier()
-        data = kind(folder, train)
     except Exception as error:  # the many ways in which a download or an archive can fail
         if distributed.lost_connection(error):
             raise

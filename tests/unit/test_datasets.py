@@ -75,16 +75,21 @@ def test_only_the_images_of_the_subset_are_decoded(folder, monkeypatch):
 def test_cifar(name, monkeypatch, tmp_path):
     """Training or test images, channels first, with their labels; held-out images are training images."""
     data = np.arange(72, dtype=np.uint8).reshape(4, 2, 3, 3)  # images, height, width, channels
+    read = []
 
     def theirs(kind):
-        return lambda folder, train, download=False: SimpleNamespace(
-            data=data if train else data + 100, targets=[0, 1, 0, 1] if train else [1, 1, 0, 0], classes=[kind, "fox"]
-        )
+        def dataset(folder, train, download=False):
+            read.append((kind, train))
+            targets = [0, 1, 0, 1] if train else [1, 1, 0, 0]
+            return SimpleNamespace(data=data if train else data + 100, targets=targets, classes=[kind, "fox"])
+
+        return dataset
 
     for kind in ("cifar10", "cifar100"):
         monkeypatch.setattr(datasets.datasets, kind.upper(), theirs(kind))
     channels_first = torch.from_numpy(data).permute(0, 3, 1, 2)
     train, validation = (datasets.load(name, tmp_path, part) for part in (True, False))
+    assert read == [(name, True), (name, False)]  # once each
     assert train.classes == [name, "fox"] and train.labels.tolist() == [0, 1, 0, 1]
     assert torch.equal(train.images, channels_first)
     assert validation.labels.tolist() == [1, 1, 0, 0] and torch.equal(validation.images, channels_first + 100)

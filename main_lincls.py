@@ -52,6 +52,7 @@ def prepare(args: Namespace, device: torch.device) -> None:
 
     load = partial(datasets.load, args.dataset, args.data, holdout=args.holdout, device=device)
     validation = load(False, classes=saved["options"].get("classes") if args.resume else None)
+    options.agree(args, device, validation=validation)
     if args.resume:
         checkpoint.compare_classes(saved["options"].get("classes"), validation.classes, source)
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))

@@ -309,9 +309,13 @@ def resolve(args: Namespace, device: torch.device, trained_on: str | None = None
 
 
 def agree(
-    args: Namespace, device: torch.device, split: datasets.Split | None = None, saved: dict | None = None
+    args: Namespace,
+    device: torch.device,
+    split: datasets.Split | None = None,
+    saved: dict | None = None,
+    validation: datasets.Split | None = None,
 ) -> None:
-    """UsageError: the processes differ in an option, the training images or the checkpoint that they have read.
+    """UsageError: the processes differ in an option, the images or the checkpoint that they have read.
 
     To be called before any collective that depends on one of these: the processes would wait for each other there.
     """
@@ -319,8 +323,9 @@ def agree(
         return
     compared = {name: value for name, value in plain(args).items() if name not in OF_A_PROCESS}
     compared["the checkpoint"] = saved and (saved.get("epoch"), saved.get("step"))
-    names = [os.path.basename(path) for path in split.paths or []] if split else []
-    compared["the training images"] = split and (split.classes, split.labels.tolist(), names)
+    for name, images in {"training": split, "validation": validation}.items():
+        files = [os.path.basename(path) for path in images.paths or []] if images else []
+        compared[f"the {name} images"] = images and (images.classes, images.labels.tolist(), files)
     digests = torch.tensor([[*sha256(repr(value).encode()).digest()] for value in compared.values()], device=device)
     differ = (distributed.all_gather(digests[None]) != digests).any(2).any(0).tolist()
     if any(differ):

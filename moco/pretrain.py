@@ -67,10 +67,10 @@ def prepare(
     if args.aug_crop and not split.of_side(args.image_size):
         size = f"{args.image_size} x {args.image_size} pixels (--image-size, at most {datasets.LARGEST_SIDE})"
         raise UsageError(f"--aug-crop needs images of {size}: choose other views")
-    options.agree(args, device, split)
+    validation = load(False) if args.knn_freq or method.labels_only else None
+    options.agree(args, device, split, validation=validation)
     if saved:
         checkpoint.compare_data(saved, len(split), split.classes, path)
-    validation = load(False) if args.knn_freq or method.labels_only else None
     args = options.complete(args, split, len(split) // args.batch_size, device)
     return args, split, validation, saved, path
 

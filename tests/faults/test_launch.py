@@ -221,15 +221,19 @@ def test_processes_that_do_not_meet(rank, run, monkeypatch):
     [
         ("main_moco_out.py", "lr"),
         ("main_moco_out.py", "the training images"),
+        ("main_moco_out.py", "the validation images"),
         ("main_lincls.py", "the training images"),
+        ("main_lincls.py", "the validation images"),
     ],
 )
 def test_two_nodes_that_differ_stop_at_the_start(script, what, trained, folder, tmp_path):
     _, last, _ = trained
-    more = ["--pretrained", last] if script == "main_lincls.py" else ["-a resnet20 --image-size 12 --moco-k 16"]
+    moco = ["-a resnet20 --image-size 12 --moco-k 16 --knn-freq 1"]
+    more = ["--pretrained", last] if script == "main_lincls.py" else moco
     args = [*more, "-b 8 --epochs 1 --seed 0 --output-dir", tmp_path / "out", "--world-size 2"]
     args += [f"--dist-url tcp://localhost:{free_port()} --rank"]
-    one, other = folder("one", train=8, val=5), folder("other", train=7, val=5)
+    one = folder("one", train=8, val=5)
+    other = folder("other", train=8, val=4) if "validation" in what else folder("other", train=7, val=5)
     second = ["--lr 0.2", one] if what == "lr" else ["--lr 0.1", other]
     runs = [start(script, *args, rank, *each) for rank, each in enumerate((["--lr 0.1", one], second))]
     for run in runs:

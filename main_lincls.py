@@ -207,7 +207,8 @@ def train(
                         save(epoch, run.state())
                         run.exit_if_stopping()
             row = run.summary()
-            save(epoch, run.state(row))  # before the evaluation, so that a failure there loses no epoch
+            if run.stopping or counts is None:  # the first evaluation makes features: a failure there loses no epoch
+                save(epoch, run.state(row))
             run.exit_if_stopping()
             top1, top5, counts, confusion = validate()
             row |= dict(top1=top1, top5=top5)

@@ -7,6 +7,8 @@ Images are random pixels, and scikit-learn's two photos for JPEGs: no data set i
 batch 256 in bfloat16 on a GPU, ResNet-18 at batch 128 in float32 on a CPU.
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 import os
 import sys
 import tempfile

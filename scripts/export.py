@@ -8,6 +8,8 @@ The input is an image as `moco.load_encoder`'s `preprocess` makes it. The file h
 .safetensors and .onnx need more packages: pip install -e ".[export]".
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 import copy
 import io
 import warnings

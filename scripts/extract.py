@@ -10,6 +10,8 @@ The .npz has `features` (N, width) float32, not normalised; `labels` (N,) int64,
 relative to the folder, or the images' numbers. For labelled images it also prints recall@1, recall@5 and MAP@R.
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 import math
 import os
 import tempfile

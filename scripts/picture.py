@@ -3,6 +3,8 @@
 python scripts/picture.py RUN [DATA]        # RUN/picture.png, from the logs and checkpoint_last.pth.tar in RUN
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 import os
 from pathlib import Path
 

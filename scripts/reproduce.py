@@ -9,6 +9,8 @@
 Run an interrupted command again and it continues. Logs and checkpoints are in runs/ROW-NAME-seedN/.
 """
 
+import moco  # noqa: F401, I001  before torch: it says how threads wait
+
 import os
 import platform
 import re

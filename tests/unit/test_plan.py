@@ -193,7 +193,7 @@ def test_the_reason_that_nccl_gives(text, reason, monkeypatch):
         launch.join_group(torch.device("cpu"), "nccl", 2)
 
 
-@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py"])
+@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py", "scripts/extract.py", "scripts/bench.py"])
 @pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
 def test_the_default_of_gomp_spincount(script, given):
     """Scripts set it before they import torch, which reads it, unless the user has set how threads wait."""

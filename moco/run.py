@@ -163,8 +163,8 @@ class Run:
     def show(self, moved: int, **values: str) -> None:
         """After `moved` more steps: a bar on a terminal, MoCo-style lines elsewhere."""
         now, speed = time.perf_counter(), self.images_per_second
-        self.bar.update(moved)
         self.bar.set_postfix(**values, refresh=False)
+        self.bar.update(moved)
         left = timedelta(seconds=round((self.images * (self.epochs - self.epoch) - self.seen(self.step)) / speed))
         if self.bar.disable:
             shown = "  ".join(f"{name} {value}" for name, value in values.items())
@@ -236,6 +236,7 @@ class Run:
         if not self.stopping:
             return
         self.writer.finish()
+        self.bar.close()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
         self.say(f"stopped {where}; --resume auto continues from there")
         raise SystemExit(128 + (self.signal or signal.SIGTERM))

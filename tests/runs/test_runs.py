@@ -1,8 +1,11 @@
 """Short runs of the scripts on scikit-learn's digits."""
 
 import dataclasses
+import io
 import itertools
 import math
+import re
+import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -272,3 +275,27 @@ def test_the_lines_of_a_resumed_epoch(tmp_path, monkeypatch, capsys):
         "Epoch: [1][4/5]  Time 10.000  Data 0.000  Loss 2.0000 (5.0000)  lr 0.1  images/s 1  ETA 0:01:00",
         "Epoch: [1][5/5]  Time 10.000  Data 0.000  Loss 0.0000 (4.0000)  lr 0.1  images/s 1  ETA 0:00:50",
     ]
+
+
+def test_a_bar_on_a_terminal(monkeypatch, tmp_path):
+    """It shows the loss of the step that it is at; what is printed when a run stops has a line of its own."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    sizes = dict(epochs=1, steps=3, images=6, batch_size=2)
+    run = Run(tmp_path, "log", "last", ["epoch", "images_per_second"], 1, torch.device("cpu"), "", **sizes)
+    with pytest.raises(SystemExit), run:
+        for step, _ in run.steps(range(3)):
+            run.add(step, torch.tensor(step + 0.5))
+            time.sleep(0.11)  # a bar is drawn ten times a second
+            assert run.due(step)
+            run.sync(step, lr=0.1)
+            if step == 1:
+                run.stopping = True
+                run.exit_if_stopping()
+    drawn = sys.stdout.getvalue().split("\r")
+    assert re.search(r" 1/3 .*Loss=0.5000 ", "".join(drawn)), drawn
+    assert drawn[-1].startswith("stopped in epoch 0 after step 2"), drawn

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from helpers import EVERY_SCRIPT, MEAN, STD, TINY, TINY_MOCO, images, printed_losses, rows
-from moco import augment, encoders, pretrain
+from moco import augment, datasets, encoders, pretrain
+from moco.batches import Centres
 from processes import ROOT, split
 
 METHODS = [*EVERY_SCRIPT, ("main_moco_proto.py", TINY_MOCO)]
@@ -64,6 +65,18 @@ def test_no_step_synchronises_with_the_gpu(script, args, run, tmp_path, monkeypa
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert done.status == 0 and steps == list(range(5)), done.err
+
+
+def test_no_batch_of_an_evaluation_synchronises_with_the_gpu():
+    split = datasets.load("digits", None, False, device="cuda")
+    batches = Centres(split, augment.Centre(16, MEAN, STD), 64, torch.device("cuda"))
+    expected = [labels for _, labels in batches]  # the first time, constants are copied to the GPU
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        labels = [labels for _, labels in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(torch.cat(labels), torch.cat(expected)) and len(torch.cat(labels)) == 360
 
 
 def test_compiled_batch_norm_of_chunks_agrees_with_eager():

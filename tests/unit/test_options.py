@@ -108,15 +108,12 @@ def test_every_process_has_the_seed_that_rank_0_draws(monkeypatch):
     assert options.shared_seed(3, torch.device("cpu")) == 3
 
 
-BOTH = "the training images, the validation images"
-
-
 @pytest.mark.parametrize(
     "what, change",
     [
         ("lr", lambda args, split, saved: setattr(args, "lr", 0.2)),
-        (BOTH, lambda args, split, saved: split.labels.fill_(1)),
-        (BOTH, lambda args, split, saved: split.paths.sort(reverse=True)),
+        ("the training images", lambda args, split, saved: split.labels.fill_(1)),
+        ("the training images", lambda args, split, saved: split.paths.sort(reverse=True)),
         ("the checkpoint", lambda args, split, saved: saved.update(step=7)),
         ("the checkpoint", lambda args, split, saved: saved.clear()),  # it has none
         (None, lambda args, split, saved: setattr(args, "workers", 3)),
@@ -131,7 +128,7 @@ def test_processes_that_differ_are_refused(what, change):
             split.paths = [path.replace("a/", "b/") for path in split.paths]  # a folder of its own is fine
             change(args, split, saved)
         try:
-            return options.agree(args, torch.device("cpu"), split, saved, split)
+            return options.agree(args, torch.device("cpu"), split, saved)
         except UsageError as error:
             return str(error)
 

@@ -21,5 +21,6 @@ def worker(device):
 
 
 if __name__ == "__main__":
+    launch.GRACE = 1
     torch.cuda.device_count = lambda: 2  # only here: the processes that it starts see no GPU
     launch.launch(worker, multiprocessing_distributed=True, dist_url=f"tcp://localhost:{sys.argv[1]}")

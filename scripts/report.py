@@ -108,7 +108,14 @@ def chosen_options(run):
     chosen = [f"`--{name.replace('_', '-')}`" for name in switches if given.get(name)]
     chosen += ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
     values = [f"`--{name.replace('_', '-')} {given[name]}`" for name in ("lr", "moco_t", "temp") if name in given]
-    return ", ".join([*chosen, given["precision"], *values])
+    return ", ".join([*chosen, precision(run), *values])
+
+
+def precision(run):
+    """That of the pretraining; a run may have ended on another machine, with another one than it began with."""
+    begun = re.search(r"--precision (\w+)", run["commands"][0])
+    last = run["options"]["pretrain"]["precision"]
+    return f"{begun[1]}, then {last}" if begun and begun[1] != last else last
 
 
 def is_full(run):

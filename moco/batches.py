@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from moco import augment, distributed
 from moco.datasets import Split, pixels
 from moco.errors import WORKER_DIED, RunError, UsageError
-from moco.run import STOP_SIGNALS
+from moco.launch import STOP_SIGNALS
 
 # The kinds of random choices, a part of their seeds: no two kinds share a stream.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5

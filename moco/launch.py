@@ -25,6 +25,7 @@ from moco.errors import WORKER_DIED, RunError, UsageError, first_line, one_line,
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DIST_URL = "tcp://localhost:10001"
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)  # a run finishes its step, saves and exits
 GRACE = 5  # seconds that the other processes have to exit after one has failed
 ADVICE = "--resume auto continues from the last checkpoint"
 
@@ -130,7 +131,7 @@ def spawn(worker: Callable[[torch.device], None], processes: list[dict[str, str]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     try:
         while not context.join(grace_period=GRACE):
@@ -160,8 +161,9 @@ def run(index: int, worker: Callable, processes: list[dict], backend: str | None
         try:
             worker(device)
         except SystemExit:  # all processes have agreed to leave
-            if world_size > 1:  # once one has left, srun --kill-on-bad-exit sends the others SIGTERM: keep our status
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if world_size > 1:  # others may still get theirs, or SIGTERM from srun once one has left: keep our status
+                for number in STOP_SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
             leave_group()
             raise
         leave_group()

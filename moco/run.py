@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +22,9 @@ from tqdm import tqdm
 
 from moco import checkpoint, distributed
 from moco.errors import RunError, first_line, say
+from moco.launch import STOP_SIGNALS
 from moco.losses import HEALTH
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a run finishes its step, saves and exits
 SAVE_EVERY = 30 * 60  # seconds: the most work that a run loses when it is killed within an epoch
 PATIENCE = 20  # seconds to wait for another run in the output folder: a requeued job meets the old one's last save
 
@@ -39,7 +40,8 @@ class Run:
     Attributes:
         epoch, step: the next step to train.
         losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
-        stopping: a process got a signal, and all have agreed to stop. saving: to save within the epoch, also for that.
+        stopping: the signal for which all processes have agreed to stop, or 0. saving: to save within the epoch, also for
+            that.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Run:
         self.losses, self.health = torch.zeros(steps, device=device), torch.zeros(5, device=device)
         self.seconds = 0.0  # spent on the epoch by the run that is resumed
         self.unevaluated = None  # from a checkpoint: the summary of an epoch that is trained but not evaluated
-        self.stopping, self.saving, self.signal = False, False, 0
+        self.stopping, self.saving, self.signal = 0, False, 0  # signal: what this process got
         self.writer, self.table = checkpoint.Writer(), None
 
     def resume(self, saved: dict, optimizer: torch.optim.Optimizer, path: str) -> None:
@@ -140,15 +142,19 @@ class Run:
         return (step + 1) % self.print_freq == 0 or step + 1 == self.length or stop
 
     def sync(self, step: int, lr: float) -> None:
-        """Averages the losses over the processes and prints a line; they agree whether to stop or save. One collective.
+        """Averages the losses over the processes and prints a line; they agree whether to save or stop. One collective.
+
+        Signals need not reach all processes at the same step, nor be the same: all stop for the first of STOP_SIGNALS
+        that one of them got, so that they exit with the same status.
 
         RunError: a loss is not finite.
         """
         late = time.perf_counter() - self.saved > SAVE_EVERY
-        asked = self.losses.new_tensor([self.signal > 0, late])
-        fresh = distributed.all_mean(torch.cat([self.losses[self.step : step + 1], asked]))
-        self.losses[self.step : step + 1] = fresh[:-2]
-        *losses, stop, late = fresh.tolist()
+        flags = self.losses.new_tensor([late, *(self.signal == number for number in STOP_SIGNALS)])
+        fresh = distributed.all_mean(torch.cat([flags, self.losses[self.step : step + 1]]))
+        self.losses[self.step : step + 1] = fresh[len(flags) :]
+        late, *fresh = fresh.tolist()
+        asked, losses = fresh[: len(STOP_SIGNALS)], fresh[len(STOP_SIGNALS) :]
         for number, loss in enumerate(losses, self.step):
             if not math.isfinite(loss):
                 raise RunError(
@@ -156,7 +162,8 @@ class Run:
                     "The last checkpoint was saved before this step"
                 )
         moved, self.step, self.lr = step + 1 - self.step, step + 1, lr
-        self.stopping, self.saving = stop > 0, stop + late > 0 and self.step < self.length
+        self.stopping = next(compress(STOP_SIGNALS, asked), 0)
+        self.saving = bool(self.stopping or late) and self.step < self.length
         self.writer.check()
         self.show(moved, Loss=f"{losses[-1]:.4f} ({self.losses[: self.step].mean():.4f})", lr=f"{lr:.4g}")
 
@@ -239,7 +246,7 @@ class Run:
         self.bar.close()
         where = f"in epoch {self.epoch} after step {self.step}" if self.step else f"after epoch {self.epoch - 1}"
         self.say(f"stopped {where}; --resume auto continues from there")
-        raise SystemExit(128 + (self.signal or signal.SIGTERM))
+        raise SystemExit(128 + self.stopping)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

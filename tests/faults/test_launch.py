@@ -200,6 +200,15 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     assert f"(rank {1 - victim} on {socket.gethostname()})" in line and "[c10d]" not in out, out
 
 
+def test_a_signal_to_one_of_two_processes(tmp_path):
+    """Both exit with its status: srun, and so scripts/slurm.sh, sees the highest of all."""
+    runs = two_nodes(TINY_MOCO, "--epochs 5000 --output-dir", tmp_path)
+    until(runs[0], "Epoch: [1]")
+    runs[1].send_signal(signal.SIGUSR1)
+    outs = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [138, 138] and "stopped " in outs[0], outs
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_do_not_meet(rank, run, monkeypatch):
     """The other rank never joins, or rank 0 cannot be reached: one line after PATIENCE (ten minutes, two seconds here)."""

@@ -131,8 +131,8 @@ def test_no_image_crosses_processes(method, features, width, files, folder, tmp_
         losses = [buckets.pop()] if step % 2 == 0 else []
         assert gather[:2] == ("gather", features * (4 * width + 8))  # float32 features and an int64 label per row
         assert {what for what, *_ in buckets} == {"bucket"} and sum(size for _, size, *_ in buckets) == gradients
-        # Two losses, whether a signal came, and whether it is time to save.
-        assert [each[:2] for each in losses] == [("reduce", 4 * 4)] * len(losses)
+        # Whether it is time to save, whether each of three signals came, and two losses.
+        assert [each[:2] for each in losses] == [("reduce", 4 * 6)] * len(losses)
         if step > 1:  # after the first step, DistributedDataParallel orders its buckets as the gradients arrive
             assert len(buckets) > 1 and buckets[0][3] > 0
     *_, last = [each for each in sent if each[2] == 5]

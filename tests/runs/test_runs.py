@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -294,7 +295,7 @@ def test_a_bar_on_a_terminal(monkeypatch, tmp_path):
             assert run.due(step)
             run.sync(step, lr=0.1)
             if step == 1:
-                run.stopping = True
+                run.stopping = signal.SIGTERM
                 run.exit_if_stopping()
     drawn = sys.stdout.getvalue().split("\r")
     assert re.search(r" 1/3 .*Loss=0.5000 ", "".join(drawn)), drawn

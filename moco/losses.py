@@ -115,10 +115,10 @@ def reduced(loss: Tensor, counted: Tensor, reduction: str) -> Tensor | tuple[Ten
 
 @torch.no_grad()
 def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contrast: Tensor | None = None) -> Tensor:
-    """(4,) float32 measures of the contrast, which show whether a loss near log K is normal.
+    """(4,) float32 measures of the contrast, which show whether a loss near log K is normal: means over the queries.
 
-    In the order of HEALTH: contrastive accuracy (how often the most similar member of A(i) is a positive), mean cosine similarity
-    to the positives, to the negatives, and mean number of positives per query.
+    In the order of HEALTH: contrastive accuracy (how often the most similar member of A(i) is a positive), a query's mean
+    cosine similarity to its positives, to its negatives (0 without any), and its number of positives.
     """
     logits = logits.detach().float()
     if contrast is None:
@@ -128,7 +128,7 @@ def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contr
     top = logits.masked_fill(~contrast, -torch.inf).argmax(1, keepdim=True)
 
     def similarity(mask):
-        return (logits * mask).sum() / mask.sum().clamp(min=1) * temperature
+        return ((logits * mask).sum(1) / mask.sum(1).clamp(min=1)).mean() * temperature
 
     accuracy = positives.gather(1, top).float().mean()
     return torch.stack([accuracy, similarity(positives), similarity(negatives), positives.sum(1).float().mean()])

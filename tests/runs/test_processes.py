@@ -14,14 +14,15 @@ from processes import free_port, run_processes, start
 OBJECTIVES = [method.model.__name__ for method in methods.ALL.values()]
 
 
-def test_two_processes_are_one_with_two_splits_for_unlabelled_images(run, tmp_path):
-    """SupContrast: an unlabelled image's only positive is its other view, which is on the same process."""
-    args = [TINY, "--epochs 2 --lr 0.02 --labels-per-class 4 --output-dir"]
-    assert run("main_supcon.py", *args, tmp_path / "one", "--bn-splits 2").status == 0
-    done = run_processes("main_supcon.py", *args, tmp_path / "two")
+@pytest.mark.parametrize("script, options", [("main_supcon.py", TINY), ("main_moco_in.py", TINY_MOCO)])
+def test_two_processes_are_one_with_two_splits_for_unlabelled_images(script, options, run, tmp_path):
+    """An unlabelled image's only positive is its other view. All means agree, though processes have more or fewer positives."""
+    args = [options, "--epochs 2 --lr 0.02 --labels-per-class 4 --output-dir"]
+    assert run(script, *args, tmp_path / "one", "--bn-splits 2").status == 0
+    done = run_processes(script, *args, tmp_path / "two")
     assert done.returncode == 0, done.out
     one, two = rows(tmp_path / "one/log.csv"), rows(tmp_path / "two/log.csv")
-    for column in ("loss", "positives"):
+    for column in ("loss", "positives", "positive_similarity", "negative_similarity"):
         assert [float(row[column]) for row in one] == pytest.approx([float(row[column]) for row in two], rel=1e-4), (
             column
         )

@@ -68,7 +68,7 @@ class Reference:
                 theta_k.copy_(self.m * theta_k + (1 - self.m) * theta_q)
             k = F.normalize(self.encoder_k(im_k.double()), dim=1)
         labels = labels.tolist()
-        self.right, self.positive, self.negative = [], [], []
+        self.right, self.positive, self.negative, self.number = [], [], [], []
         total = 0
         for i in range(len(q)):
             members = self.members(i, q, k, labels)
@@ -90,13 +90,14 @@ class Reference:
     def record(self, similarities, chosen):
         similarities, chosen = similarities.tolist(), chosen.tolist()
         self.right.append(chosen[similarities.index(max(similarities))])
-        self.positive += [s for s, positive in zip(similarities, chosen, strict=True) if positive]
-        self.negative += [s for s, positive in zip(similarities, chosen, strict=True) if not positive]
+        of_positives = [s for s, positive in zip(similarities, chosen, strict=True) if positive]
+        of_negatives = [s for s, positive in zip(similarities, chosen, strict=True) if not positive]
+        self.positive.append(sum(of_positives) / len(of_positives))
+        self.negative.append(sum(of_negatives) / len(of_negatives))
+        self.number.append(len(of_positives))
 
     def health(self):
-        queries = len(self.right)
-        positive, negative = (sum(x) / len(x) for x in (self.positive, self.negative))
-        return [sum(self.right) / queries, positive, negative, len(self.positive) / queries]
+        return [sum(each) / len(each) for each in (self.right, self.positive, self.negative, self.number)]
 
     def members(self, i, q, k, labels):
         """(feature, label, is it the query's own key?) of each member of A(i)."""

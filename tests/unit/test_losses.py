@@ -191,10 +191,12 @@ def test_health_against_loops(seed, whole):
     for i in range(6):
         members = [a for a in range(17) if contrast[i, a]]
         right += bool(positives[i, max(members, key=lambda a: logits[i, a])])
-        positive += [logits[i, a].item() * 0.2 for a in members if positives[i, a]]
-        negative += [logits[i, a].item() * 0.2 for a in members if not positives[i, a]]
+        of_positives = [logits[i, a].item() * 0.2 for a in members if positives[i, a]]
+        of_negatives = [logits[i, a].item() * 0.2 for a in members if not positives[i, a]]
+        positive.append(sum(of_positives) / max(1, len(of_positives)))
+        negative.append(sum(of_negatives) / max(1, len(of_negatives)))
         number += sum(bool(positives[i, a]) for a in members)
-    wanted = [right / 6, sum(positive) / len(positive), sum(negative) / len(negative), number / 6]
+    wanted = [right / 6, sum(positive) / 6, sum(negative) / 6, number / 6]
     health = contrast_health(logits.requires_grad_(), positives, 0.2, None if whole else contrast)
     assert health.tolist() == pytest.approx(wanted, rel=1e-4)
     assert health.dtype == torch.float32 and not health.requires_grad

@@ -42,18 +42,16 @@ class SupContrast(nn.Module):
         chunks = zip(im_1.chunk(self.bn_splits), im_2.chunk(self.bn_splits), strict=True)
         z = self.encoder_q(torch.cat([view for pair in chunks for view in pair]))
         z = F.normalize(z.float(), dim=1)  # 2NxC
-        z_labels = self.for_both_views(labels)
-        z_images = self.for_both_views(torch.arange(len(labels), device=z.device))
+        # an image without a label gets one of its own: its only positive is its other view
+        rows = torch.arange(len(labels), device=z.device, dtype=labels.dtype) + distributed.rank() * len(labels)
+        z_labels = self.for_both_views(torch.where(labels == UNLABELLED, UNLABELLED - rows, labels))
 
         with torch.autocast(z.device.type, enabled=False):
             # every process computes the loss of all anchors: 2Bx2B
             z_all, labels_all = distributed.gather_keys_and_labels(z.detach(), z_labels)
             z_all = distributed.with_gradient(z_all, z)
             logits = z_all @ z_all.T / self.T
-            processes = torch.arange(distributed.world_size(), device=z.device)
-            images_all = (processes[:, None] * len(labels) + z_images).flatten()
-            positives = (labels_all[:, None] == labels_all) & (labels_all[:, None] != UNLABELLED)
-            positives |= images_all[:, None] == images_all  # the other view, whatever the label
+            positives = labels_all[:, None] == labels_all
             contrast = ~torch.eye(len(z_all), dtype=torch.bool, device=z.device)
             if self.measure_health:
                 self.health = contrast_health(logits, positives, self.T, contrast)

@@ -178,8 +178,7 @@ class LabelAwareMoCo(MoCo):
         keys = torch.cat([k.T, self.queue], dim=1)  # a copy: the queue moves on before the backward pass
         key_labels = torch.cat([k_labels, self.label_queue])
         positives = (labels[:, None] == key_labels) & (labels[:, None] != UNLABELLED)
-        rows, columns = (torch.arange(n, device=q.device) for n in positives.shape)
-        positives |= columns == own + rows[:, None]
+        positives.diagonal(own).fill_(True)
         return q @ keys / self.T, positives
 
 

@@ -185,8 +185,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 def find(resume: str | None, folder: str, device: torch.device, last: str = LAST, writes: bool = True) -> str | None:
     """The checkpoint to resume, or None. `auto` is the last one in the output folder, if any."""
     path = Path(folder, last)
-    if resume == "":
-        raise UsageError("--resume '' does not name a checkpoint")
     finders = int(distributed.all_sum(torch.tensor(int(path.is_file()), device=device)))  # only some may have --resume
     if resume != "auto":
         if writes and path.is_file() and not (resume and os.path.realpath(resume) == os.path.realpath(path)):
@@ -310,17 +308,18 @@ def described(saved: dict, weights: dict, path: str | Path, arch: str | None = N
     """The arch, stem, image_size, mean and std of a checkpoint's encoder. `arch`: that of -a, if given.
 
     For other programs' checkpoints the shapes give the arch, the first layer the rest: ImageNet's size and statistics
-    for its stem; else 32 pixels, and mean and std are None.
+    for its stem; else 32 pixels, and mean and std are None. RunError: the checkpoint's own are not numbers.
     """
     stem = "cifar" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     size, (mean, std) = (32, (None, None)) if stem == "cifar" else (224, datasets.IMAGENET)
     if arch is None:
         arch = saved["arch"] if saved.get("arch") in encoders.names() else architecture(weights, path)
-    options = saved["options"]
-    return dict(
-        arch=arch,
-        stem=stem,
-        image_size=options.get("image_size") or size,
-        mean=options.get("mean") or mean,
-        std=options.get("std") or std,
-    )
+    kept = {name: value for name, value in saved["options"].items() if value is not None}
+    try:
+        size = int(kept.get("image_size", size))
+        mean, std = ([*map(float, kept[name])] if name in kept else own for name, own in (("mean", mean), ("std", std)))
+        if {len(values) for values in (mean, std) if values} - {3}:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise RunError(f"checkpoint '{path}': its image_size is not a number, or its mean or std not three") from None
+    return dict(arch=arch, stem=stem, image_size=size, mean=mean, std=std)

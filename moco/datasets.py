@@ -5,6 +5,7 @@ Small images of one size are kept on the device that trains, as one uint8 tensor
 
 import os
 import socket
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ SPLITS = ("train", "val", "test")  # folders of an image folder; to evaluate, va
 VALIDATION_DIGITS = 360  # the last of the 1,797, by other writers than the first ones
 # Suffixes of pictures that torchvision's image folders do not read.
 OTHER_PICTURES = {".gif", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".svg"}
+warnings.filterwarnings("ignore", "Palette images with Transparency")  # by Pillow: transparency is left out, as always
 LARGEST_SIDE = 96  # images up to this size are kept in memory ...
 LARGEST_DATASET = 4 << 30  # ... as long as together they take no more bytes than this
 
@@ -203,15 +205,14 @@ def cifar(name: str, folder: str, train: bool) -> Split:
         data = None  # read once: torchvision checks its 170 MB each time
         for mine in (distributed.rank() == 0, distributed.local_rank == 0, True):
             if mine and data is None:
-                data = kind(folder, train, download=True)  # only if it is not there
+                try:
+                    data = kind(folder, train, download=True)  # only if it is not there
+                except Exception as error:  # the many ways in which a download or an archive can fail
+                    raise RunError(
+                        f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: "
+                        f"{first_line(error)}"
+                    ) from None
             distributed.barrier()
-    except Exception as error:  # the many ways in which a download or an archive can fail
-        if distributed.lost_connection(error):
-            raise
-        raise RunError(
-            f"'{folder}' has no train/ folder and no {title}, and {title} could not be downloaded to it: "
-            f"{first_line(error)}"
-        ) from None
     finally:
         socket.setdefaulttimeout(timeout)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()

@@ -40,6 +40,8 @@ def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
 
     The process does not leave its group then: with NCCL that would wait.
     """
+    if sys.stdout is None:  # it was closed, as >&- does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         yield
     except KeyboardInterrupt:

@@ -98,6 +98,13 @@ def number(kind: type, what: str, allowed: Callable[[Any], bool] = math.isfinite
     return parse
 
 
+def text(value: str) -> str:
+    """An argument type: refuses the empty string, which the shell makes of a variable that is not set."""
+    if not value:
+        raise argparse.ArgumentTypeError("'' is empty")
+    return value
+
+
 positive_int = number(int, "a whole number of 1 or more, in 32 bits", lambda n: 1 <= n < 2**31)
 count = number(int, "a whole number of 0 or more, in 32 bits", lambda n: 0 <= n < 2**31)
 positive_float = number(float, "a number above 0", lambda x: x > 0)
@@ -140,7 +147,7 @@ def pretrain_parser(
                    "crop")
     add("--nesterov", resumed=KEEP, action="store_true", help="Nesterov's momentum")
     add("--no-bias-decay", resumed=KEEP, action="store_true", help="no weight decay on biases and batch norm")
-    add("--init", metavar="PATH",
+    add("--init", type=text, metavar="PATH",
         help="start the encoder from this file of MoCo, SupContrast, torchvision, timm (.pth, .safetensors) or this "
              "project")
     if add_options:
@@ -157,7 +164,7 @@ def linear_parser(description: str) -> Parser:
     own = dict(schedule=recipe["schedule"], drop={0.1: "tenth", 0.2: "fifth"}[recipe["lr_decay"]])
     parser = base_parser(description, epochs=100, lr=recipe["lr"], weight_decay=0.0, **own)
     add = parser.adder()
-    add("--pretrained", metavar="PATH",
+    add("--pretrained", type=text, metavar="PATH",
         help="weights to evaluate: a checkpoint of this project, MoCo or SupContrast, or a ResNet of torchvision or timm")
     add("--recipe", resumed=KEEP, choices=tuple(LINEAR_RECIPES), default="moco",
         help="supcon: SupContrast's evaluation, with batch 512, lr 5, its schedule and views (default: moco)")
@@ -173,9 +180,9 @@ def base_parser(
     """Options of every training script."""
     parser = Parser(description)
     add = parser.adder()
-    add("data", nargs="?", metavar="DIR",
+    add("data", nargs="?", type=text, metavar="DIR",
         help="image folder (train/ and val/, one folder per class), or the directory with CIFAR (downloaded if absent)")
-    add("-a", "--arch", resumed=KEEP,
+    add("-a", "--arch", resumed=KEEP, type=text,
         help="resnet20, or a network of torchvision's ResNet family (default: that of --init, --resume or "
              "--pretrained, else resnet50)")
     add("-j", "--workers", type=count, default=8, metavar="N",
@@ -194,7 +201,7 @@ def base_parser(
         help="weight decay (default: %(default)s)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N",
         help="steps between log lines (default: %(default)s)")
-    add("--resume", metavar="PATH", help="checkpoint to continue from; auto: the last one in --output-dir, if any")
+    add("--resume", type=text, metavar="PATH", help="checkpoint to continue from; auto: the last one in --output-dir, if any")
     add("--seed", resumed=KEEP, type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
     add = parser.adder("processes")
@@ -208,7 +215,7 @@ def base_parser(
     add("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPUs")
 
     add = parser.adder("beyond the reference: data and speed")
-    add("--output-dir", default=".", metavar="DIR",
+    add("--output-dir", type=text, default=".", metavar="DIR",
         help="folder for checkpoints, log.csv and tensorboard/ (default: the current folder)")
     add("--dataset", resumed=KEEP, choices=DATASETS, default="auto",
         help="auto: an image folder if DIR has train/, val/ or test/, else CIFAR-10, downloaded if absent and there are no "

@@ -89,6 +89,8 @@ def embedding(run, folder=None, most=2000):
         raise UsageError(f"the data folder '{folder}' does not exist: name another one after {run}")
     same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
     split = datasets.load(args["dataset"], folder, False, **same)
+    if len(split) < 2:
+        raise UsageError(f"'{folder}' has one validation image: an embedding needs at least two")
     if len(split) > most:
         split = split.take(torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:most])
     network, centre, _ = inference.load(path, saved)

@@ -208,10 +208,14 @@ def searches(folder):
 def by_labels(folder):
     """{method: {labels per class: run}} of the runs on some of the labels, in order."""
     found = {name: {} for name in NAMES}
-    for path in folder.glob("*.json"):
+    for path in sorted(folder.glob("*.json")):
         run = results.read_json(path)
         given = run["options"]
         number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
+        if number in found[run["row"]]:
+            raise RunError(
+                f"'{path}' is a second run of {run['row']} with {number} labels per class: only one is shown"
+            )
         found[run["row"]][number] = run
     return {row: dict(sorted(runs.items())) for row, runs in found.items() if runs}
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from helpers import SHORT, TINY, TINY_MOCO, refused
-from moco import datasets
+from moco import datasets, distributed
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,10 @@ from moco import datasets
         ("--gpu 77", "--gpu 77"),
         ("--resume nowhere.pth.tar", "'nowhere.pth.tar' does not exist"),
         ("--start-epoch 9", "--start-epoch 9"),
-        ("--resume ''", "does not name a checkpoint"),
+        ("--resume ''", "--resume: '' is empty"),
+        ("--init ''", "--init: '' is empty"),
+        ("-a ''", "--arch: '' is empty"),
+        ("--output-dir ''", "--output-dir: '' is empty"),
         (f"--moco-k {10**400}", "in 32 bits"),
     ],
 )
@@ -104,12 +107,13 @@ def test_folders_of_the_linear_evaluation(run, folder, tmp_path):
 
 def test_no_network(run, tmp_path, monkeypatch):
     def offline(*args, **kwargs):
-        raise OSError("Network is unreachable")
+        raise OSError("Connection refused")
 
     monkeypatch.setattr(socket.socket, "connect", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setattr(distributed, "lost_connection", lambda error: True)  # with several processes it reads like one
     done = run("main_moco.py", SHORT, tmp_path)
-    refused(done, 1, "no train/ folder and no CIFAR-10", "could not be downloaded", "Network is unreachable")
+    refused(done, 1, "no train/ folder and no CIFAR-10", "could not be downloaded", "Connection refused")
     refused(run("main_moco.py", SHORT, "--dataset cifar100", tmp_path), 1, "CIFAR-100")
 
 

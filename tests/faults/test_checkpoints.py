@@ -73,6 +73,9 @@ def test_checkpoints(run, tmp_path):
     refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
     torch.save({**saved, "state_dict": {"module.conv1.weight": torch.zeros(())}}, bad)
     refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
+    for wrong in (dict(mean=0.5), dict(std=[1.0]), dict(image_size=(8, 8))):
+        torch.save({**saved, "options": saved["options"] | wrong}, bad)
+        refused(run("main_lincls.py", *linear), 1, "image_size", "mean", "std")
     torch.save({**saved, "arch": "resnet18"}, bad)
     both_refuse(2, "resnet18", "resnet20")
     torch.save({**saved, "optimizer": {}}, bad)

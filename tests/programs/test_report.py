@@ -46,6 +46,11 @@ def test_a_report_of_two_methods(run, tmp_path):
         (tmp_path / "labels" / f"{labels}.json").write_text(json.dumps(content))
     done = run("scripts/report.py", *words, "--check")
     assert done.status == 1 and "make report" in done.err
+    again = tmp_path / "labels/again.json"
+    again.write_text(json.dumps(content))
+    done = run("scripts/report.py", *words, "--check")
+    assert done.status == 1 and "a second run of MoCo v2 with 400 labels" in done.err
+    again.unlink()
     (pages / "README.md").write_text(README.replace("<!-- end of rows -->", ""))
     done = run("scripts/report.py", *words)
     assert done.status == 1 and "no page" in done.err and "markers of rows" in done.err

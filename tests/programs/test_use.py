@@ -184,6 +184,9 @@ def test_a_folder_with_only_val(run, trained, folder, tmp_path):
     assert split.labels.tolist() == [1] * 5 and split.classes == ["cat", "dog"]
     assert run("main_lincls.py", "-e --resume", best, alone).status == 0
     assert run("scripts/picture.py", tmp_path, alone).status == 0
+    for path in list((alone / "val/dog").iterdir())[1:]:
+        path.unlink()
+    refused(run("scripts/picture.py", tmp_path, alone), 2, "one validation image")
     os.rename(alone / "val/dog", alone / "val/wolf")
     refused(run("main_lincls.py", "-e --resume", best, alone), 2, "not trained on", "wolf")
     refused(run("main_moco.py", TINY_FOLDER, "--output-dir", tmp_path / "o", alone), 2, "has no train/ folder")

@@ -12,7 +12,7 @@ import torch
 
 from helpers import TINY
 from moco import distributed, launch, methods
-from moco.errors import RunError, UsageError
+from moco.errors import RunError, UsageError, say
 from processes import ROOT
 
 NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
@@ -164,6 +164,13 @@ def test_errors_outside_of_a_run_are_one_line(capsys):
         with pytest.raises(SystemExit, match="1"), launch.reporting():
             raise error
         assert capsys.readouterr().err.endswith(f"error: {message}\n")
+
+
+def test_a_closed_stdout(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
+    with launch.reporting():
+        say("nobody reads this")
+    sys.stdout.close()
 
 
 def test_a_gpu_that_cannot_be_used(monkeypatch):

@@ -32,7 +32,7 @@ class SupContrast(nn.Module):
         """
         Args:
             im_1, im_2: (N, 3, H, W) float, two views of this process's images.
-            labels: (N,) int64, -1 for an image without one: its views have each other as their only positive.
+            labels: (N,) int64, 0 or more; -1 for an image without one: its views have each other as their only positive.
         Returns:
             float32 scalar, the loss of the global batch: the mean over its 2B anchors, times T / 0.07.
         """

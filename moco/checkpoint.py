@@ -3,6 +3,7 @@
 """
 
 import contextlib
+import math
 import os
 import pickle
 import textwrap
@@ -318,8 +319,9 @@ def described(saved: dict, weights: dict, path: str | Path, arch: str | None = N
     try:
         size = int(kept.get("image_size", size))
         mean, std = ([*map(float, kept[name])] if name in kept else own for name, own in (("mean", mean), ("std", std)))
-        if {len(values) for values in (mean, std) if values} - {3}:
+        of_pixels = [*(mean or [0] * 3), *(std or [1] * 3)]
+        if size < 1 or len(of_pixels) != 6 or not all(map(math.isfinite, of_pixels)) or min(of_pixels[3:]) <= 0:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RunError(f"checkpoint '{path}': its image_size is not a number, or its mean or std not three") from None
     return dict(arch=arch, stem=stem, image_size=size, mean=mean, std=std)

@@ -5,7 +5,6 @@ Small images of one size are kept on the device that trains, as one uint8 tensor
 
 import os
 import socket
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,6 @@ SPLITS = ("train", "val", "test")  # folders of an image folder; to evaluate, va
 VALIDATION_DIGITS = 360  # the last of the 1,797, by other writers than the first ones
 # Suffixes of pictures that torchvision's image folders do not read.
 OTHER_PICTURES = {".gif", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".svg"}
-warnings.filterwarnings("ignore", "Palette images with Transparency")  # by Pillow: transparency is left out, as always
 LARGEST_SIDE = 96  # images up to this size are kept in memory ...
 LARGEST_DATASET = 4 << 30  # ... as long as together they take no more bytes than this
 

@@ -40,8 +40,9 @@ def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
 
     The process does not leave its group then: with NCCL that would wait.
     """
-    if sys.stdout is None:  # it was closed, as >&- does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, as >&- does
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         yield
     except KeyboardInterrupt:
@@ -163,9 +164,6 @@ def run(index: int, worker: Callable, processes: list[dict], backend: str | None
         try:
             worker(device)
         except SystemExit:  # all processes have agreed to leave
-            if world_size > 1:  # others may still get theirs, or SIGTERM from srun once one has left: keep our status
-                for number in STOP_SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
             leave_group()
             raise
         leave_group()

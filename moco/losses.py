@@ -118,7 +118,7 @@ def contrast_health(logits: Tensor, positives: Tensor, temperature: float, contr
     """(4,) float32 measures of the contrast, which show whether a loss near log K is normal: means over the queries.
 
     In the order of HEALTH: contrastive accuracy (how often the most similar member of A(i) is a positive), a query's mean
-    cosine similarity to its positives, to its negatives (0 without any), and its number of positives.
+    cosine similarity to its positives and to its negatives (each 0 if it has none), and its number of positives.
     """
     logits = logits.detach().float()
     if contrast is None:

@@ -102,8 +102,10 @@ class Run:
             if kind in (None, SystemExit):
                 distributed.barrier()  # until rank 0 has saved: neither a signal nor the launcher may end one before
         finally:
+            # Others may still get the signal for which all leave, or SIGTERM from srun once one has left: keep our status.
+            leaving = kind is SystemExit and distributed.world_size() > 1
             for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if leaving and number != signal.SIGINT else handler)
 
     def ask(self, number, frame) -> None:
         """Handles a signal. A second SIGINT ends the run at once; schedulers send the others more than once."""

@@ -98,24 +98,27 @@ def grouped(folder):
 def place(runs):
     """What the tables are sorted by."""
     run = runs[0]
-    return run["dataset"], run["arch"], run["epochs"], NAMES.index(run["row"]), chosen_options(run)
+    return run["dataset"], run["arch"], run["epochs"], NAMES.index(run["row"]), chosen_options(runs)
 
 
-def chosen_options(run):
-    """The options that are shown of every run: views, optimiser, precision, learning rate and temperature."""
-    given = run["options"]["pretrain"]
+def chosen_options(runs):
+    """The options that are shown of runs that differ in their seed: views, optimiser, precision, lr and temperature."""
+    given = runs[0]["options"]["pretrain"]
     switches = ("aug_plus", "aug_mild", "aug_crop", "nesterov", "no_bias_decay")
     chosen = [f"`--{name.replace('_', '-')}`" for name in switches if given.get(name)]
     chosen += ["`--views pil`"] * (given.get("views") == "pil")  # of version 0.1
     values = [f"`--{name.replace('_', '-')} {given[name]}`" for name in ("lr", "moco_t", "temp") if name in given]
-    return ", ".join([*chosen, precision(run), *values])
+    return ", ".join([*chosen, precision(runs), *values])
 
 
-def precision(run):
+def precision(runs):
     """That of the pretraining; a run may have ended on another machine, with another one than it began with."""
-    begun = re.search(r"--precision (\w+)", run["commands"][0])
-    last = run["options"]["pretrain"]["precision"]
-    return f"{begun[1]}, then {last}" if begun and begun[1] != last else last
+    first = [re.search(r"--precision (\w+)|$", run["commands"][0])[1] for run in runs]
+    last = [run["options"]["pretrain"]["precision"] for run in runs]
+    changed = [b for a, b in zip(first, last, strict=True) if a not in (None, b)]
+    if not changed:
+        return last[0]
+    return f"{first[0]}, then {changed[0]}" + f" ({len(changed)} of {len(runs)} runs)" * (len(runs) > 1)
 
 
 def is_full(run):
@@ -142,7 +145,7 @@ def described(runs):
         "network": run["arch"],
         "epochs": run["epochs"],
         PASSES: run["epochs"] * BY_NAME[run["row"]].passes,
-        "options": chosen_options(run),
+        "options": chosen_options(runs),
         "seeds": len(runs),
         "kNN": spread(runs, "knn"),
         "top-1 / top-5": f"{linear} {own}".strip() or "kNN only",
@@ -213,9 +216,7 @@ def by_labels(folder):
         given = run["options"]
         number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
         if number in found[run["row"]]:
-            raise RunError(
-                f"'{path}' is a second run of {run['row']} with {number} labels per class: only one is shown"
-            )
+            raise RunError(f"'{path}' is a second run of {run['row']} with {number} labels per class: keep one of them")
         found[run["row"]][number] = run
     return {row: dict(sorted(runs.items())) for row, runs in found.items() if runs}
 

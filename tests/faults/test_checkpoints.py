@@ -1,5 +1,6 @@
 """Checkpoints that are corrupt or do not match the run, and runs that diverge."""
 
+import math
 import pickle
 
 import pytest
@@ -73,7 +74,13 @@ def test_checkpoints(run, tmp_path):
     refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
     torch.save({**saved, "state_dict": {"module.conv1.weight": torch.zeros(())}}, bad)
     refused(run("main_lincls.py", *linear), 1, "contains no ResNet")
-    for wrong in (dict(mean=0.5), dict(std=[1.0]), dict(image_size=(8, 8))):
+    for wrong in (
+        dict(mean=0.5),
+        dict(std=[1.0]),
+        dict(std=[1, 0, 1]),
+        dict(image_size=(8, 8)),
+        dict(image_size=math.inf),
+    ):
         torch.save({**saved, "options": saved["options"] | wrong}, bad)
         refused(run("main_lincls.py", *linear), 1, "image_size", "mean", "std")
     torch.save({**saved, "arch": "resnet18"}, bad)

@@ -13,6 +13,7 @@ import torch
 from helpers import TINY
 from moco import distributed, launch, methods
 from moco.errors import RunError, UsageError, say
+from moco.run import Run
 from processes import ROOT
 
 NODE = dict(LOCAL_WORLD_SIZE="4", MASTER_ADDR="gpu07", MASTER_PORT="29500")
@@ -121,22 +122,20 @@ def test_the_worker_of_every_script_can_be_pickled(script, run, monkeypatch):
     assert script == "main_lincls.py" or workers[0].args[0] is methods.ALL[script]
 
 
-def test_a_process_that_leaves_ignores_sigterm(monkeypatch):
-    """srun --kill-on-bad-exit sends it to the others as soon as one has left; the status must stay that of the signal."""
-    process = dict(zip(launch.VARIABLES, ("0", "2", "0", "2", "localhost", "1"), strict=True))
-    monkeypatch.setattr(os, "environ", {**os.environ})
-    for name in ("nodes", "processes_on_node", "local_rank"):
-        monkeypatch.setattr(distributed, name, getattr(distributed, name))
-    found = []
-    monkeypatch.setattr(launch, "join_group", lambda *args: None)
-    monkeypatch.setattr(launch, "leave_group", lambda: found.append(signal.getsignal(signal.SIGTERM)))
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_process_that_leaves_ignores_later_signals(monkeypatch, tmp_path):
+    """Its own that comes late, and srun's SIGTERM as soon as another has left: its status must stay that of the first."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    sizes = dict(epochs=1, steps=3, images=6, batch_size=2)
+    before = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
     try:
-        with pytest.raises(SystemExit, match="138"):
-            launch.run(0, lambda device: sys.exit(138), [process], None)
+        with pytest.raises(SystemExit), Run(tmp_path, "log", "last", ["epoch"], 1, torch.device("cpu"), "", **sizes):
+            raise SystemExit(138)
+        after = {number: signal.getsignal(number) for number in launch.STOP_SIGNALS}
+        assert after == before | {signal.SIGUSR1: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert found == [signal.SIG_IGN]
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_out_of_memory_error_names_options_to_reduce():
@@ -166,11 +165,14 @@ def test_errors_outside_of_a_run_are_one_line(capsys):
         assert capsys.readouterr().err.endswith(f"error: {message}\n")
 
 
-def test_a_closed_stdout(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after >&-
-    with launch.reporting():
+def test_closed_outputs(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as Python has it after >&- 2>&-
+    with pytest.raises(SystemExit, match="2"), launch.reporting():
         say("nobody reads this")
+        raise UsageError("nor this")
     sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_a_gpu_that_cannot_be_used(monkeypatch):

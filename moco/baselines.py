@@ -44,7 +44,8 @@ class SupContrast(nn.Module):
         z = F.normalize(z.float(), dim=1)  # 2NxC
         # an image without a label gets one of its own: its only positive is its other view
         rows = torch.arange(len(labels), device=z.device, dtype=labels.dtype) + distributed.rank() * len(labels)
-        z_labels = self.for_both_views(torch.where(labels == UNLABELLED, UNLABELLED - rows, labels))
+        labels = torch.where(labels == UNLABELLED, UNLABELLED - rows, labels)
+        z_labels = torch.cat([chunk for chunk in labels.chunk(self.bn_splits) for _ in range(2)])
 
         with torch.autocast(z.device.type, enabled=False):
             # every process computes the loss of all anchors: 2Bx2B
@@ -59,10 +60,6 @@ class SupContrast(nn.Module):
 
             # DistributedDataParallel averages gradients, but these are parts of one loss and must be summed
             return loss.detach() + distributed.world_size() * (loss - loss.detach())
-
-    def for_both_views(self, x: Tensor) -> Tensor:
-        """(N,) values of images -> (2N,) values of the rows of z: chunk by chunk, both views of each."""
-        return torch.cat([views for chunk in x.chunk(self.bn_splits) for views in (chunk, chunk)])
 
 
 class CrossEntropy(nn.Module):

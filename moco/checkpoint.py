@@ -318,10 +318,17 @@ def described(saved: dict, weights: dict, path: str | Path, arch: str | None = N
     kept = {name: value for name, value in saved["options"].items() if value is not None}
     try:
         size = int(kept.get("image_size", size))
-        mean, std = ([*map(float, kept[name])] if name in kept else own for name, own in (("mean", mean), ("std", std)))
-        of_pixels = [*(mean or [0] * 3), *(std or [1] * 3)]
-        if size < 1 or len(of_pixels) != 6 or not all(map(math.isfinite, of_pixels)) or min(of_pixels[3:]) <= 0:
+        mean, std = (three(kept[name]) if name in kept else own for name, own in (("mean", mean), ("std", std)))
+        if size < 1 or (std and min(std) <= 0):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise RunError(f"checkpoint '{path}': its image_size is not a number, or its mean or std not three") from None
     return dict(arch=arch, stem=stem, image_size=size, mean=mean, std=std)
+
+
+def three(values: Iterable) -> list[float]:
+    """Three finite numbers; TypeError or ValueError if they are something else."""
+    red, green, blue = map(float, values)
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError
+    return [red, green, blue]

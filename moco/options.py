@@ -201,7 +201,8 @@ def base_parser(
         help="weight decay (default: %(default)s)")
     add("-p", "--print-freq", type=positive_int, default=10, metavar="N",
         help="steps between log lines (default: %(default)s)")
-    add("--resume", type=text, metavar="PATH", help="checkpoint to continue from; auto: the last one in --output-dir, if any")
+    add("--resume", type=text, metavar="PATH",
+        help="checkpoint to continue from; auto: the last one in --output-dir, if any")
     add("--seed", resumed=KEEP, type=count, help="random seed (default: drawn, printed and kept in the checkpoint)")
 
     add = parser.adder("processes")

@@ -113,12 +113,14 @@ def chosen_options(runs):
 
 def precision(runs):
     """That of the pretraining; a run may have ended on another machine, with another one than it began with."""
-    first = [re.search(r"--precision (\w+)|$", run["commands"][0])[1] for run in runs]
-    last = [run["options"]["pretrain"]["precision"] for run in runs]
-    changed = [b for a, b in zip(first, last, strict=True) if a not in (None, b)]
+    changed = []
+    for run in runs:
+        given, last = re.search(r"--precision (\w+)", run["commands"][0]), run["options"]["pretrain"]["precision"]
+        if given and given[1] != last:
+            changed.append(f"{given[1]}, then {last}")
     if not changed:
-        return last[0]
-    return f"{first[0]}, then {changed[0]}" + f" ({len(changed)} of {len(runs)} runs)" * (len(runs) > 1)
+        return runs[0]["options"]["pretrain"]["precision"]
+    return changed[0] + f" ({len(changed)} of {len(runs)} runs)" * (len(runs) > 1)
 
 
 def is_full(run):

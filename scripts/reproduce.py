@@ -66,12 +66,7 @@ def parse():
     add("--small", action="store_true", help="resnet20, 60 epochs, the same views and batch for all methods")
     add("-a", "--arch", help="another architecture than the row's")
     add("--epochs", type=options.positive_int, metavar="N", help="another number of epochs of pretraining")
-    add(
-        "--pretrain",
-        default="",
-        metavar="OPTIONS",
-        help="more options for pretraining, in quotes; a single one: --pretrain=--mlp",
-    )
+    add("--pretrain", default="", metavar="OPTIONS", help="options for pretraining, in quotes; one: --pretrain=--mlp")
     add("--linear", default="", metavar="OPTIONS", help="more options for the linear evaluation, in quotes")
     add("--name", help="of the run's folder and file (default: made from the row, the architecture and the epochs)")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)")

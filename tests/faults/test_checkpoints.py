@@ -78,6 +78,7 @@ def test_checkpoints(run, tmp_path):
         dict(mean=0.5),
         dict(std=[1.0]),
         dict(std=[1, 0, 1]),
+        dict(mean=[0, 0], std=[1, 1, 1, 1]),
         dict(image_size=(8, 8)),
         dict(image_size=math.inf),
     ):

@@ -31,7 +31,7 @@ def in_loss(logits: Tensor, positives: Tensor, *, reduction: str = "mean") -> Te
         "mean": float32 scalar, the mean over the rows that have a positive (0, with a graph, if none has).
         "rows": the loss of each row, (N,) float32, and which rows have a positive, (N,) bool; the others' loss is 0.
     """
-    logits = logits.float()
+    logits = checked(logits, positives)
     if positives.dtype == torch.bool:
         weighted = logits
     else:
@@ -62,7 +62,7 @@ def out_loss(
     Returns:
         As in_loss.
     """
-    logits = logits.float()
+    logits = checked(logits, positives, contrast)
     if contrast is None:
         denominator = logits.logsumexp(1)
     else:
@@ -99,6 +99,14 @@ def info_nce_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> 
     """(N, 1 + K) float32: column 0 is the query's own key, the others are the queue."""
     q, k, queue = q.float(), k.float(), queue.float()
     return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature
+
+
+def checked(logits: Tensor, *masks: Tensor | None) -> Tensor:
+    """The logits in float32; ValueError: a mask has another shape, and would be broadcast."""
+    for mask in masks:
+        if mask is not None and mask.shape != logits.shape:
+            raise ValueError(f"logits {tuple(logits.shape)} and a mask {tuple(mask.shape)}: the shapes must be equal")
+    return logits.float()
 
 
 def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:

@@ -257,6 +257,17 @@ def test_a_mask_equals_weights_of_0_and_1():
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+def test_masks_of_another_shape_are_refused():
+    logits, positives, contrast = case()
+    for loss, masks in (
+        (in_loss, [positives[:1]]),
+        (out_loss, [positives[:, :1]]),
+        (out_loss, [positives, contrast[:1]]),
+    ):
+        with pytest.raises(ValueError, match="shapes must be equal"):
+            loss(logits, *masks)
+
+
 def test_an_unknown_reduction_is_refused():
     logits, positives, _ = case()
     for loss in (in_loss, out_loss):

@@ -51,11 +51,12 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, im_q: Tensor, im_k: Tensor, order: Tensor | None = None) -> Tensor:
+    def forward(self, im_q: Tensor, im_k: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         """
         Args:
             im_q: (N, 3, H, W) float, this process's query views.
             im_k: (N, 3, H, W) float, key views: of the same images, or with `order` of other ones.
+            labels: unused; a label-aware variant in its place needs them.
             order: (B,) int64, the same permutation of the global batch on every process; row j of the global batch
                 of im_k is then a view of image order[j]. Shuffling BN without moving images. Without it the images
                 are gathered and shuffled here, as MoCo does it.

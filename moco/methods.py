@@ -21,10 +21,10 @@ Scores = Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> (N, classes)
 class Method:
     """What a pretraining script trains.
 
-    model: its class; `forward` returns the loss. build: makes the model from its class, a base encoder, the options and
+    model: its class; `forward`, of `inputs`, returns the loss. build: makes the model from its class, a base encoder, the options and
     the number of classes. add_options: adds the method's own options to a parser. defaults: those that differ from
     MoCo's. views: their number per image. recipe: the default recipe of each view; --aug-plus and the like replace it.
-    learning_rate: the lr at a time of the run, in epochs. labels: `forward` takes labels. labels_only: every image
+    learning_rate: the lr at a time of the run, in epochs. labels: the loss depends on labels. labels_only: every image
     needs a label, and the model's own classifier is evaluated after each epoch. shuffle_keys: see batches.Batches.
     classifier: makes a function from images to scores of a model; None without a classifier.
     """
@@ -49,7 +49,7 @@ class Method:
 
     def inputs(self, views: Sequence[Tensor], labels: Tensor, order: Tensor | None) -> list[Tensor]:
         """The arguments of the model's `forward`, from a batch of batches.Batches.epoch."""
-        return [*views, *([labels] if self.labels else []), *([] if order is None else [order])]
+        return [*views, labels, *([] if order is None else [order])]
 
 
 def moco_learning_rate(

@@ -44,10 +44,6 @@ def batch(step, n=8):
     return views[0], views[1], labels
 
 
-def call(model, im_q, im_k, labels, **options):
-    return model(im_q, im_k, labels, **options) if hasattr(model, "label_queue") else model(im_q, im_k, **options)
-
-
 class Reference:
     """MoCo on one process in float64, written as in the formulas."""
 
@@ -121,7 +117,7 @@ def test_eight_steps_against_the_formulas(variant):
     theirs = torch.optim.SGD(reference.encoder_q.parameters(), **recipe)
     for step in range(8):
         losses = []
-        for optimizer, loss in ((ours, call(model, *batch(step))), (theirs, reference.loss(*batch(step)))):
+        for optimizer, loss in ((ours, model(*batch(step))), (theirs, reference.loss(*batch(step)))):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -146,7 +142,7 @@ def test_queue_has_the_last_keys(variant):
         written = []
         for step in range(5):
             im_q, im_k, labels = batch(step)
-            call(model, im_q, im_k, labels)
+            model(im_q, im_k, labels)
             with torch.no_grad():
                 encoder = copy.deepcopy(model.encoder_k).train()
                 keys = F.normalize(encoder(im_k), dim=1)
@@ -175,7 +171,7 @@ def test_momentum_update_and_gradients():
     with torch.no_grad():
         for p in model.encoder_q.parameters():
             p.add_(1)
-    call(model, *batch(0)).backward()
+    model(*batch(0)).backward()
     for old, k, q in zip(before, model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
         assert torch.allclose(k, 0.9 * old + 0.1 * q, atol=1e-6)
         assert k.grad is None and not k.requires_grad
@@ -189,17 +185,17 @@ def test_keys_of_shuffled_rows_come_back_in_order(variant, splits):
     im_q, im_k, labels = batch(0)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(5))
     given = make(variant, splits)
-    loss = call(given, im_q, im_k[order], labels, order=order)
+    loss = given(im_q, im_k[order], labels, order=order)
     own = make(variant, splits)
     torch.manual_seed(3)
     drawn = torch.randperm(8)
     torch.manual_seed(3)
-    own_loss = call(own, im_q, im_k, labels)  # draws the same permutation
+    own_loss = own(im_q, im_k, labels)  # draws the same permutation
     if splits == 1:  # one group, so the shuffle does not change batch norm
         assert own_loss.item() == pytest.approx(loss.item(), rel=1e-5)
         assert torch.allclose(given.queue, own.queue, atol=1e-5)
     again = make(variant, splits)
-    assert call(again, im_q, im_k[drawn], labels, order=drawn).item() == pytest.approx(own_loss.item(), rel=1e-6)
+    assert again(im_q, im_k[drawn], labels, order=drawn).item() == pytest.approx(own_loss.item(), rel=1e-6)
     assert torch.allclose(again.queue, own.queue, atol=1e-6)
 
 
@@ -213,7 +209,7 @@ def test_two_chunks_of_shuffled_keys_by_hand(variant):
     wanted = torch.empty(8, 8)
     for j, key in enumerate(F.normalize(torch.cat(halves), dim=1)):
         wanted[order[j]] = key
-    call(model, im_q, im_k[order], labels, order=order)
+    model(im_q, im_k[order], labels, order=order)
     assert torch.allclose(model.queue[:, :8].T, wanted, atol=1e-5)
     if hasattr(model, "label_queue"):
         assert model.label_queue[:8].tolist() == labels.tolist()
@@ -226,7 +222,7 @@ def test_evaluation_mode(variant):
     losses = []
     for splits in (1, 2):
         model = make(variant, splits).eval()
-        losses.append(call(model, im_q, im_k, labels))
+        losses.append(model(im_q, im_k, labels))
         for encoder in (model.encoder_q, model.encoder_k):
             assert (encoder.bn1.running_mean == 0).all() and (encoder.bn1.running_var == 1).all()
         keys = F.normalize(model.encoder_k(im_k), dim=1)
@@ -287,7 +283,7 @@ def test_a_model_can_be_compiled_as_a_whole(variant):
         torch.manual_seed(0)
         model = variant(Tiny, dim=8, K=20, m=0.9, T=0.2, mlp=True)
         wrapped = wrap(model)
-        losses.append([call(wrapped, im_q, im_k, labels).item() for _ in range(2)])
+        losses.append([wrapped(im_q, im_k, labels).item() for _ in range(2)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -299,7 +295,7 @@ def test_extremes_stay_finite(variant):
             model = make(variant, **case)
             for step in range(3):
                 im_q, im_k, _ = batch(step)
-                loss = call(model, im_q, im_k, labels)
+                loss = model(im_q, im_k, labels)
                 loss.backward()
                 assert loss.isfinite()
             assert all(p.grad.isfinite().all() for p in model.encoder_q.parameters())

@@ -130,6 +130,8 @@ def load(path: str | Path) -> dict:
             raise RunError(f"'{path}' is not a checkpoint: {name} of its state_dict is not a plain tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' has values that are not finite, in {name}")
+    # A module that torch.compile has wrapped adds to its names.
+    checkpoint["state_dict"] = {n.replace("_orig_mod.", ""): v for n, v in checkpoint["state_dict"].items()}
     if not isinstance(checkpoint.get("options"), dict):  # only this project's have them
         checkpoint["options"] = {}
     return checkpoint

@@ -19,9 +19,10 @@ def load(path: str | Path, saved: dict | None = None) -> tuple[nn.Module, augmen
     known = checkpoint.described(saved, weights, path)
     options, classes = saved["options"], None
     whole = not checkpoint.prefix_of_encoder(saved["state_dict"])  # else `fc` is the projection head
-    classifier = "fc.weight" in weights and (whole or options.get("objective") == "CrossEntropy")
-    outputs = len(weights["fc.weight"]) if classifier else 1
+    outputs = len(weights["fc.weight"]) if "fc.weight" in weights else 1
     network = encoders.build(known["arch"], known["stem"])(num_classes=outputs)
+    theirs, ours = (shapes_of_fc(state) for state in (weights, network.state_dict()))
+    classifier = theirs == ours and (whole or options.get("objective") == "CrossEntropy")
     checkpoint.load_encoder(network, weights, path, classifier=classifier)
     if classifier:
         classes = options.get("classes") or [str(label) for label in range(outputs)]
@@ -32,6 +33,10 @@ def load(path: str | Path, saved: dict | None = None) -> tuple[nn.Module, augmen
     crop = options.get("centre_crop", options.get("objective") != "CrossEntropy" and not options.get("aug_crop"))
     centre = augment.Centre(known["image_size"], mean, std, crop)
     return network.eval(), centre, classes
+
+
+def shapes_of_fc(state_dict: dict) -> dict:
+    return {name: value.shape for name, value in state_dict.items() if name.startswith("fc.")}
 
 
 def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:

@@ -59,6 +59,9 @@ def main():
     add("--projector", type=Path, metavar="DIR", help="new folder for TensorBoard's embedding projector")
     add("--force", action="store_true", help="overwrite files that exist")
     args = parser.parse_args()
+    outputs = [path for path in (args.out, args.picture, args.projector) if path]
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        parser.error("--out, --picture and --projector need a name each")
     check_output(args.out, args.force)
     if args.picture:
         check_output(args.picture, args.force, [".png", ".jpg"])

@@ -69,7 +69,8 @@ def matrix(axes, confusion, classes):
 
 
 def curve(axes, log, column, **labels):
-    axes.plot([int(row["epoch"]) for row in log], [float(row[column]) for row in log])
+    marker = "." if len(log) == 1 else None  # one point is no line
+    axes.plot([int(row["epoch"]) for row in log], [float(row[column]) for row in log], marker=marker)
     axes.set(**labels)
 
 
@@ -85,10 +86,13 @@ def embedding(run, folder=None, most=2000):
     if not {"data", "dataset"} <= set(args):
         raise RunError(f"checkpoint '{path}' does not say how it was trained: it is not from this project's scripts")
     device, folder = launch.choose_device(), folder or args["data"]
-    if args["dataset"] != "digits" and not Path(folder).is_dir():
+    name = args["dataset"]
+    if folder != args["data"]:
+        name = datasets.resolve("auto", folder, name)
+    elif name != "digits" and not Path(folder).is_dir():
         raise UsageError(f"the data folder '{folder}' does not exist: name another one after {run}")
     same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
-    split = datasets.load(args["dataset"], folder, False, **same)
+    split = datasets.load(name, folder, False, **same)
     if len(split) < 2:
         raise UsageError(f"'{folder}' has one validation image: an embedding needs at least two")
     if len(split) > most:
@@ -100,8 +104,9 @@ def embedding(run, folder=None, most=2000):
 
 
 def drawable(names):
-    """Names as matplotlib can draw them: undecodable bytes are replaced, and '$' does not begin a formula."""
-    return [os.fsencode(name).decode(errors="replace").replace("$", r"\$") for name in names]
+    """Names as matplotlib can draw them: without undecodable bytes, '$' begins no formula, '_' hides no legend entry."""
+    names = [os.fsencode(name).decode(errors="replace").replace("$", r"\$") for name in names]
+    return [r"$\_$" + name[1:] if name.startswith("_") else name for name in names]
 
 
 def scatter(axes, points, labels, classes):

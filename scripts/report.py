@@ -91,8 +91,15 @@ def grouped(folder):
     """Lists of runs that differ in nothing but the seed, as their files' names say, in the order of the tables."""
     groups = {}
     for path in sorted(folder.glob("*-seed*.json")):
-        groups.setdefault(path.stem.rpartition("-seed")[0], []).append(results.read_json(path))
+        groups.setdefault(path.stem.rpartition("-seed")[0], []).append(read_run(path))
     return sorted(groups.values(), key=place)
+
+
+def read_run(path):
+    run = results.read_json(path)
+    if run.get("row") not in NAMES:
+        raise RunError(f"'{path}' is not a run's file: it has no row of the tables")
+    return run
 
 
 def place(runs):
@@ -214,7 +221,7 @@ def by_labels(folder):
     """{method: {labels per class: run}} of the runs on some of the labels, in order."""
     found = {name: {} for name in NAMES}
     for path in sorted(folder.glob("*.json")):
-        run = results.read_json(path)
+        run = read_run(path)
         given = run["options"]
         number = given["pretrain"].get("labels_per_class") or given["linear"]["per_class"]
         if number in found[run["row"]]:

@@ -82,6 +82,8 @@ def parse():
             parser.error(f"--{name} {text}: {error}")
     if {"-a", "--arch", "--epochs"} & {*last_of_each(args.pretrain)}:
         parser.error("-a and --epochs are options of this script: name them outside of --pretrain")
+    if args.name and Path(args.name).name != args.name:
+        parser.error(f"--name '{args.name}' is part of a file's name: it cannot have a folder")
     args.rows = [word for word in args.words if word in ROWS] or [*SMALL_ROWS] * args.small
     others = [word for word in args.words if word not in ROWS]
     args.data = others.pop() if others else "data/"

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers import PAGES, README, copied_pages
+from helpers import PAGES, README, copied_pages, refused
 
 
 def test_the_tables_are_what_results_say(run):
@@ -29,6 +29,8 @@ def test_nonsense_in_results_is_named(run, tmp_path):
         done = run("scripts/report.py", "--check --results", tmp_path)
         assert done.status == 1 and len(done.err.splitlines()) == 1, done.err
         assert "bad-seed0.json' cannot be read" in done.err, done.err
+    (tmp_path / "bad-seed0.json").write_text("{}")
+    refused(run("scripts/report.py", "--check --results", tmp_path), 1, "bad-seed0.json' is not a run's file")
 
 
 def test_a_report_of_two_methods(run, tmp_path):

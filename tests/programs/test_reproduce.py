@@ -11,7 +11,7 @@ import time
 import pytest
 
 import results
-from helpers import PAGES, copied_pages
+from helpers import PAGES, copied_pages, refused
 from moco import checkpoint, options
 from moco.errors import UsageError
 from moco.run import read_log
@@ -87,8 +87,7 @@ def test_rows_and_recipes(run):
         assert all(f"{value:.1f}" in PAGES["results.md"] for value in knn.values())
     other_views = run("scripts/reproduce.py", "--print in-200 --pretrain=--aug-crop").out.splitlines()[0]
     assert "--moco-t 0.2 --cos" in other_views and "--aug-crop" in other_views
-    refused = run("scripts/reproduce.py", "in-300 data/")
-    assert refused.status == 2 and "unknown row 'in-300'" in refused.err
+    refused(run("scripts/reproduce.py", "in-300 data/"), 2, "unknown row 'in-300'")
 
 
 def test_a_row_scaled_down(run, tmp_path, monkeypatch):
@@ -110,6 +109,7 @@ def test_a_row_scaled_down(run, tmp_path, monkeypatch):
     obstacle.rmdir()
     done = run("scripts/reproduce.py", *args)
     assert done.status == 0, done.err
+    refused(run("scripts/reproduce.py", "in-200", where, "--name try/1"), 2, "--name 'try/1'")
     other = run("scripts/reproduce.py", *args[:2], f"--pretrain '{small} --lr 0.6'", "--linear '--dataset digits'")
     assert other.status == 2 and "begun with other options" in other.err
     impossible = "ended with status 2"

@@ -102,6 +102,14 @@ def test_classes_that_look_like_formulas_can_be_drawn(tmp_path):
     figure.savefig(tmp_path / "figure.png")
 
 
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend():
+    import picture
+
+    axes = Figure().subplots()
+    picture.scatter(axes, np.zeros((2, 2)), np.arange(2), picture.drawable(["_background_", "fox"]))
+    assert axes.get_legend_handles_labels()[1] == [r"$\_$background_", "fox"]
+
+
 def test_export(run, trained, tmp_path):
     pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
@@ -155,6 +163,19 @@ def test_a_picture_of_a_classifier_of_other_classes(run, trained, tmp_path):
     assert done.status == 0, done.err
 
 
+def test_a_picture_of_other_images(run, trained, folder, tmp_path):
+    """Of the folder that is named, not of the data set on which the encoder was trained."""
+    import picture
+
+    data = folder("other", train=3, val=3, classes=("fox", "hen", "owl"))
+    words = "--dataset digits -a resnet20 --image-size 12 --per-class 2 -b 8 --epochs 1 --moco-k 16 --output-dir"
+    assert run("main_moco_in.py", words, tmp_path).status == 0
+    points, labels, classes = picture.embedding(tmp_path, str(data))
+    assert classes == ["fox", "hen", "owl"] and labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and len(points) == 9
+    assert len(picture.embedding(tmp_path)[0]) == datasets.VALIDATION_DIGITS
+    refused(run("scripts/picture.py", tmp_path, tmp_path / "absent"), 2, "absent' does not exist")
+
+
 def test_names_that_stdout_cannot_encode(trained, run, folder, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     data = folder("odd", train=4, val=4, classes=(name, "dog"))
@@ -199,7 +220,9 @@ def test_names_of_outputs(run, trained, tmp_path, monkeypatch):
     )
     refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "p.xyz"), 2, "suffix", ".png")
     refused(run("scripts/picture.py", tmp_path, "--out", tmp_path / "a1"), 2, "suffix")
-    assert not (tmp_path / "f.npz").exists()
+    same = tmp_path / "same.png"
+    refused(run("scripts/extract.py", last, data, "--out", same, "--picture", same), 2, "need a name each")
+    assert not (tmp_path / "f.npz").exists() and not same.exists()
     saved = torch.load(last, weights_only=True)
     saved["options"]["data"] = "data"
     torch.save(saved, tmp_path / "elsewhere.pth.tar")
@@ -284,6 +307,20 @@ def test_weights_from_elsewhere_in_every_script(run, trained, tmp_path):
     assert run("scripts/export.py", best, tmp_path / "classifier.pth").status == 0
     network, _, classes = inference.load(tmp_path / "classifier.pth")
     assert classes == ["0", "1"] and torch.equal(network(images), inference.load(best)[0](images))
+
+
+def test_a_last_layer_of_another_shape_is_left_out(tmp_path):
+    """As main_lincls.py does: one without bias, one of another width, and a module that torch.compile has wrapped."""
+    path, network = foreign(tmp_path, "torchvision")
+    images, whole = torch.randn(2, 3, 64, 64), torch.load(path, weights_only=True)
+    without_bias = {name: value for name, value in whole.items() if name != "fc.bias"}
+    wider = whole | {"fc.weight": torch.zeros(7, 5)}
+    wrapped = {f"_orig_mod.{name}": value for name, value in whole.items()}
+    for state, classes in ((without_bias, None), (wider, None), (wrapped, [str(label) for label in range(7)])):
+        torch.save(state, path)
+        assert inference.load(path)[2] == classes
+        with torch.no_grad():
+            assert torch.equal(moco.load_encoder(path)[0](images), network.eval()(images))
 
 
 def test_extract_prints_retrieval(run, trained, tmp_path):

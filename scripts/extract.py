@@ -108,7 +108,7 @@ def is_data_set(folder: str) -> bool:
     """Are there class folders in train/, val/ or test/, or is it CIFAR's?"""
     if (names := datasets.candidates(folder)) == ["imagefolder"]:
         return any(any(Path(folder).glob(f"{split}/*/")) for split in datasets.SPLITS)
-    return bool(names and os.listdir(folder))
+    return bool(names) and not all(map(datasets.hidden, os.listdir(folder)))
 
 
 def extract(args, saved: dict, split: datasets.Split, paths: list[str], device: torch.device) -> None:

@@ -91,7 +91,9 @@ def embedding(run, folder=None, most=2000):
         name = datasets.resolve("auto", folder, name)
     elif name != "digits" and not Path(folder).is_dir():
         raise UsageError(f"the data folder '{folder}' does not exist: name another one after {run}")
-    same = dict(holdout=args.get("holdout", 0), classes=args.get("classes"), device=device)
+    only_val = name == "imagefolder" and not Path(folder, "train").is_dir()
+    holdout = 0 if only_val else args.get("holdout", 0)
+    same = dict(holdout=holdout, classes=args.get("classes"), device=device)
     split = datasets.load(name, folder, False, **same)
     if len(split) < 2:
         raise UsageError(f"'{folder}' has one validation image: an embedding needs at least two")

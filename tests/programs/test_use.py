@@ -200,6 +200,11 @@ def test_a_folder_with_only_val(run, trained, folder, tmp_path):
     assert run("scripts/extract.py", last, alone, "--out", tmp_path / "alone.npz").status == 0
     assert np.load(tmp_path / "alone.npz")["labels"].tolist() == [0] * 5 + [1] * 5
     assert run("scripts/picture.py", tmp_path, alone).status == 0
+    held_out = torch.load(last, weights_only=True)
+    held_out["options"]["holdout"] = 2
+    (tmp_path / "held_out").mkdir()
+    torch.save(held_out, tmp_path / "held_out/checkpoint_last.pth.tar")
+    assert run("scripts/picture.py", tmp_path / "held_out", alone).status == 0
     shutil.rmtree(alone / "val/cat")
     split = datasets.load("imagefolder", alone, False, classes=["cat", "dog"])
     assert split.labels.tolist() == [1] * 5 and split.classes == ["cat", "dog"]
@@ -223,6 +228,9 @@ def test_names_of_outputs(run, trained, tmp_path, monkeypatch):
     same = tmp_path / "same.png"
     refused(run("scripts/extract.py", last, data, "--out", same, "--picture", same), 2, "need a name each")
     assert not (tmp_path / "f.npz").exists() and not same.exists()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.DS_Store").touch()
+    refused(run("scripts/extract.py", last, tmp_path / "empty", "--out", tmp_path / "f.npz"), 2, "contains no images")
     saved = torch.load(last, weights_only=True)
     saved["options"]["data"] = "data"
     torch.save(saved, tmp_path / "elsewhere.pth.tar")

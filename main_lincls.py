@@ -17,16 +17,14 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco import augment, checkpoint, datasets, distributed, encoders, evaluate, launch, options
 from moco.batches import Batches, Centres
 from moco.checkpoint import BEST, LINEAR
 from moco.datasets import Split
 from moco.errors import RunError, UsageError, say
-from moco.options import Options
 from moco.run import Run, lock, set_learning_rate
 
 COLUMNS = ["epoch", "loss", "lr", "top1", "top5", "images_per_second", "seconds"]
@@ -135,7 +133,7 @@ def check_source(weights: dict[str, Tensor], pretrained: dict[str, Tensor], args
 
 
 def train(
-    args: Options,
+    args: Namespace,
     device: torch.device,
     encoder: nn.Module,
     features: Callable[[Tensor], Tensor],

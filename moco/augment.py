@@ -208,17 +208,12 @@ def column(parameters: Tensor, which: int) -> Tensor:
 
 def rows_first(images: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, H, 3, W) float32."""
-    n, c, h, w = images.shape
-    out = torch.empty(n, h, c, w, device=images.device)
-    return out.copy_(images.transpose(1, 2))
+    return images.transpose(1, 2).contiguous().float()
 
 
 def linear(x: Tensor, by_rows: Tensor, by_columns: Tensor) -> Tensor:
     """x (N, H, 3, W) -> (N, S, 3, S), with the matrices (N, S, H) and (N, S, W)."""
-    n, height, channels, width = x.shape
-    x = torch.bmm(by_rows, x.reshape(n, height, channels * width))
-    x = torch.bmm(x.view(n, by_rows.shape[1] * channels, width), by_columns.transpose(1, 2))
-    return x.view(n, by_rows.shape[1], channels, by_columns.shape[1])
+    return torch.einsum("nsh,nhcw,ntw->nsct", by_rows, x, by_columns)
 
 
 def triangles(start: Tensor, length: Tensor, size: int, out: int, flip: Tensor | None = None) -> Tensor:
@@ -367,16 +362,11 @@ class Centre:
 
     def cut(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 3, size, size), uint8 on a CPU or float: without the normalisation."""
-        (height, top), (width, left) = self.sides(*images.shape[2:])
-        return resize(images, height, width)[:, :, top : top + self.size, left : left + self.size]
+        short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
+        height, width = (short * side // min(images.shape[2:]) for side in images.shape[2:])
+        return transforms.functional.center_crop(resize(images, height, width), self.size)
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, 3, size, size) in 0..255 -> float32, normalised, channels last."""
         mean, std = (constant(tuple(values), images.device) for values in (self.mean, self.std))
         return finish(rows_first(images), mean, std)
-
-    def sides(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Height and width after resizing, each with the first pixel of the centre."""
-        short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
-        sides = [short * side // min(height, width) for side in (height, width)]
-        return [(side, round((side - self.size) / 2)) for side in sides]

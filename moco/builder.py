@@ -41,11 +41,10 @@ class MoCo(nn.Module):
         self.health = None
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
-        if mlp:
-            encoders.add_mlp_head(self.encoder_q)
-            encoders.add_mlp_head(self.encoder_k)
-        encoders.split_batch_norm(self.encoder_q, bn_splits)
-        encoders.split_batch_norm(self.encoder_k, bn_splits)
+        for encoder in (self.encoder_q, self.encoder_k):
+            if mlp:
+                encoders.add_mlp_head(encoder)
+            encoders.split_batch_norm(encoder, bn_splits)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))

@@ -97,8 +97,8 @@ class Writer:
 
 def check_finite(state_dict: dict, when: str) -> None:
     """RunError if the last update left weights that are not finite. Its loss does not show that: it was computed before."""
-    extremes = torch._foreach_norm([v for v in state_dict.values() if v.is_floating_point()], torch.inf)
-    if not torch.stack(extremes).isfinite().all():
+    values = (value for value in state_dict.values() if value.is_floating_point())
+    if not nn.utils.get_total_norm(values, torch.inf).isfinite():
         raise RunError(
             f"{when} the weights are not finite: try a lower --lr. The last checkpoint was saved before this"
         )

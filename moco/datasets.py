@@ -60,10 +60,10 @@ class Split:
         return self.images is not None and set(self.images.shape[2:]) == {side}
 
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
-        """(n,) int64: the rows that a slice selects within each class, sorted. Unlabelled images are left out."""
+        """(n,) int64: the rows that a slice selects within each class. Unlabelled images are left out."""
         counts = (self.labels + 1).bincount(minlength=len(self.classes) + 1).tolist()
         _, *each = self.labels.argsort(stable=True).split(counts)  # the unlabelled come first
-        return torch.cat([rows[part] for rows in each]).sort().values
+        return torch.cat([rows[part] for rows in each])
 
     def of_each_class(self, part: slice) -> "Split":
         """The images that a slice selects within each class, and all that have no label."""
@@ -120,9 +120,7 @@ def resolve(name: str, folder: str | None, trained_on: str | None = None) -> str
 
 
 def candidates(folder: str | Path) -> list[str]:
-    """The data sets that are in a folder, or may be downloaded to it: CIFAR's, beside no other files. None if it is not a folder."""
-    if not Path(folder).is_dir():
-        return []
+    """The data sets that are in a folder, or may be downloaded to it: CIFAR's, beside no other files."""
     if any(Path(folder, split).is_dir() for split in SPLITS):
         return ["imagefolder"]
     files = {

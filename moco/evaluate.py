@@ -1,7 +1,6 @@
 """Evaluation, in float32: top-k accuracy, and the kNN monitor on frozen features."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -70,18 +69,17 @@ def extract(
     centre: augment.Centre,
     batch_size: int = 256,
     workers: int = 8,
-    full_bytes: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised features (N, width) and labels (N,) of a split, in its order, on every process.
 
-    Features are float32, or float16 if float32 would take more than `full_bytes`.
+    Features are float32, or float16 if float32 would take more than FULL_BYTES.
     """
     device, processes = next(encoder.parameters()).device, distributed.world_size()
     batches, features = Centres(split, centre, batch_size, device, workers), None
     for i, (images, _) in enumerate(batches):
         mine = F.normalize(encoder(images), dim=1)
         if features is None:
-            dtype = torch.float16 if 4 * len(split) * mine.shape[1] > full_bytes else torch.float32
+            dtype = torch.float16 if 4 * len(split) * mine.shape[1] > FULL_BYTES else torch.float32
             features = mine.new_empty(len(split), mine.shape[1], dtype=dtype)
         mine = mine.to(features.dtype)
         # Process r has rows r, r + processes, ...: gather equal shares, then interleave them.
@@ -110,8 +108,8 @@ def knn(
     without its head, in half precision if there are many.
     """
     encoder, train, classes = frozen(encoder), train.labelled(), len(train.classes)
-    bank, bank_labels = extract(encoder, train, centre, batch_size, workers, FULL_BYTES)
-    queries, labels = extract(encoder, validation, centre, batch_size, workers, FULL_BYTES)
+    bank, bank_labels = extract(encoder, train, centre, batch_size, workers)
+    queries, labels = extract(encoder, validation, centre, batch_size, workers)
     mine = slice(distributed.rank(), None, distributed.world_size())
     right = torch.zeros((), dtype=torch.long, device=bank.device)
     for query, label in zip(queries[mine].split(QUERIES), labels[mine].split(QUERIES), strict=True):

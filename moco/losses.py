@@ -33,11 +33,10 @@ def in_loss(logits: Tensor, positives: Tensor, *, reduction: str = "mean") -> Te
     """
     logits = checked(logits, positives)
     if positives.dtype == torch.bool:
-        weighted = logits
+        weighted, total = logits, positives.sum(1)
     else:
         weights, positives = positives.float(), positives > 0
-        weighted = logits + torch.where(positives, weights, 1).log()
-    total = positives.sum(1) if weighted is logits else weights.sum(1)
+        weighted, total = logits + torch.where(positives, weights, 1).log(), weights.sum(1)
     counted = total > 0
     loss = logits.logsumexp(1) - masked_logsumexp(weighted, positives) + torch.where(counted, total, 1).log()
     return reduced(loss, counted, reduction)

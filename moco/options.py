@@ -41,16 +41,6 @@ OF_A_PROCESS = ["data", "output_dir", "save_freq", "workers", "compile", "resume
 OF_A_PROCESS += ["multiprocessing_distributed", "gpu", "rank", "dist_url", "dist_backend"]
 
 
-class Options(Namespace):
-    """The final value of every option, read-only."""
-
-    def __init__(self, **values: object):
-        self.__dict__.update(values)
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"options are final: {name} cannot be set")
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with one-line errors; an option's declaration says whether a resumed run may change it.
 
@@ -341,7 +331,7 @@ def agree(
         raise UsageError(f"the processes differ in {found}: they must be the same on all, see docs/clusters.md")
 
 
-def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Options:
+def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.device) -> Namespace:
     """The final options, with what depends on the training images. `steps`: per epoch.
 
     By default runs of 15,000 steps or more on a GPU are compiled, if they can be: that takes a minute or two, and pays
@@ -349,7 +339,7 @@ def complete(args: Namespace, split: datasets.Split, steps: int, device: torch.d
     """
     worth = device.type == "cuda" and steps * args.epochs >= 15_000 and can_compile(device)
     compiled = worth if args.compile is None else args.compile
-    return Options(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
+    return Namespace(**vars(args) | dict(images=len(split), classes=split.classes, compile=compiled))
 
 
 def can_compile(device: torch.device) -> bool:

@@ -15,7 +15,6 @@ from moco.datasets import Split
 from moco.errors import UsageError, say
 from moco.losses import HEALTH, UNLABELLED
 from moco.methods import Method
-from moco.options import Options
 from moco.run import Run, lock, set_learning_rate
 
 HEALTH_EVERY = 10  # steps between measurements of the contrast's health, which cost a few passes over the logits
@@ -40,7 +39,7 @@ def train(method: Method, args: Namespace, device: torch.device) -> None:
 
 def prepare(
     method: Method, args: Namespace, device: torch.device
-) -> tuple[Options, Split, Split | None, dict | None, str | None]:
+) -> tuple[Namespace, Split, Split | None, dict | None, str | None]:
     """The final options, the training and the validation images, the checkpoint to resume and its path."""
     path = checkpoint.find(args.resume, args.output_dir, device)
     saved = checkpoint.load(path) if path else None
@@ -77,7 +76,7 @@ def prepare(
 
 def fit(
     method: Method,
-    args: Options,
+    args: Namespace,
     split: Split,
     validation: Split | None,
     saved: dict | None,
@@ -141,7 +140,7 @@ def fit(
             run.exit_if_stopping()
 
 
-def make_batches(method: Method, args: Options, split: Split, device: torch.device) -> Batches:
+def make_batches(method: Method, args: Namespace, split: Split, device: torch.device) -> Batches:
     # A method that needs labels repeats the labelled images, so that an epoch has equally many steps for every method.
     return Batches(
         split.labelled().repeated(len(split)) if method.labels_only else split,
@@ -158,7 +157,9 @@ def make_batches(method: Method, args: Options, split: Split, device: torch.devi
     )
 
 
-def make_model(method: Method, args: Options, device: torch.device, saved: dict | None, path: str | None) -> nn.Module:
+def make_model(
+    method: Method, args: Namespace, device: torch.device, saved: dict | None, path: str | None
+) -> nn.Module:
     """The model, new or from a checkpoint."""
     torch.manual_seed(args.seed)
     model = method.build(method.model, encoders.build(args.arch, args.stem), args, len(args.classes))
@@ -184,14 +185,14 @@ def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
     return [dict(params=decayed)] + ([dict(params=others, weight_decay=0)] if others else [])
 
 
-def knn_is_due(args: Options, epoch: int) -> bool:
+def knn_is_due(args: Namespace, epoch: int) -> bool:
     return args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs)
 
 
 def measure(
     method: Method,
     model: nn.Module,
-    args: Options,
+    args: Namespace,
     epoch: int,
     split: Split,
     validation: Split,
@@ -217,7 +218,7 @@ def average_statistics(model: nn.Module) -> None:
     torch._foreach_copy_(running, [mean.view_as(b) for mean, b in zip(means, running, strict=True)])
 
 
-def introduce(method: Method, args: Options, split: Split, steps: int, run: Run, device: torch.device) -> None:
+def introduce(method: Method, args: Namespace, split: Split, steps: int, run: Run, device: torch.device) -> None:
     """The lines before the first epoch."""
     processes, labelled = distributed.world_size(), int((split.labels != UNLABELLED).sum())
     some = f", {labelled:,} of them labelled" * (labelled < len(split))
@@ -241,7 +242,7 @@ def introduce(method: Method, args: Options, split: Split, steps: int, run: Run,
         )
 
 
-def described(epoch: int, row: dict, args: Options) -> str:
+def described(epoch: int, row: dict, args: Namespace) -> str:
     """The line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:

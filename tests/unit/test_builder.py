@@ -1,5 +1,6 @@
 """MoCo and its variants against a second implementation with loops and lists in float64."""
 
+import argparse
 import copy
 import inspect
 import subprocess
@@ -362,7 +363,7 @@ def test_the_key_encoder_gets_no_gradient(name):
     """With batch norm over chunks, after a step."""
     method = methods.ALL[name]
     args = options.pretrain_parser("", method.add_options, method.defaults).parse_args(["--bn-splits", "2"])
-    args = options.Options(**vars(args) | dict(moco_k=20, moco_dim=8, dim=8))
+    args = argparse.Namespace(**vars(args) | dict(moco_k=20, moco_dim=8, dim=8))
     model = method.build(method.model, Tiny, args, 3)
     im_q, im_k, labels = batch(0)
     model(*method.inputs([im_q, im_k][: method.views], labels.clamp(min=0), None)).backward()

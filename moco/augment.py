@@ -16,6 +16,7 @@ from torchvision import transforms
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, RADIUS = range(11)
 SMALL = 64  # pixels: smaller or equal views get the defaults for CIFAR, larger ones those for ImageNet
+LONGEST = 32  # times the shorter side: of a longer image the middle is resized; 1 x 4,000 pixels would take 1.5 GB
 ATTEMPTS = 10  # of RandomResizedCrop, to find a crop that fits into the image
 GRAY_WEIGHTS = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # of red, green, blue: Pillow's mode L, ITU-R 601
 
@@ -362,6 +363,8 @@ class Centre:
 
     def cut(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, 3, size, size), uint8 on a CPU or float: without the normalisation."""
+        longest = LONGEST * min(images.shape[2:])
+        images = transforms.functional.center_crop(images, [min(side, longest) for side in images.shape[2:]])
         short = round(self.size * (9 / 8 if self.size <= SMALL else 256 / 224)) if self.crop else self.size
         height, width = (short * side // min(images.shape[2:]) for side in images.shape[2:])
         return transforms.functional.center_crop(resize(images, height, width), self.size)

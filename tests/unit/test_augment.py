@@ -144,6 +144,19 @@ def test_validation_views_agree_with_pillow(height, width):
     assert (ours.round() - torch.stack([pixels(chain(pillow(i))) for i in x])).abs().max() <= 1
 
 
+@pytest.mark.parametrize("shape", [(2, 3000), (3000, 2)])
+@pytest.mark.parametrize("crop", [True, False])
+def test_only_the_middle_of_a_very_long_image_is_resized(shape, crop, monkeypatch):
+    """Enlarged as a whole, a strip of 1 x 4,000 pixels would take 1.5 GB."""
+    image = torch.linspace(0, 250, 3000).to(torch.uint8).expand(1, 3, 2, -1).contiguous()
+    centre = augment.Centre(64, (0, 0, 0), (1, 1, 1), crop)
+    wanted = centre.cut(image[..., 1500 - 32 : 1500 + 32])
+    resize, sizes = augment.resize, []
+    monkeypatch.setattr(augment, "resize", lambda x, *size: sizes.append(size) or resize(x, *size))
+    found = centre.cut(image if shape == (2, 3000) else image.mT)
+    assert torch.equal(found if shape == (2, 3000) else found.mT, wanted) and max(sizes[0]) <= 32 * 72
+
+
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 8), (4, 32), (40, 9)])
 def test_crops_have_torchvisions_distribution(height, width):
     count = 10_000

@@ -21,12 +21,12 @@ Scores = Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> (N, classes)
 class Method:
     """What a pretraining script trains.
 
-    model: its class; `forward`, of `inputs`, returns the loss. build: makes the model from its class, a base encoder, the options and
-    the number of classes. add_options: adds the method's own options to a parser. defaults: those that differ from
-    MoCo's. views: their number per image. recipe: the default recipe of each view; --aug-plus and the like replace it.
-    learning_rate: the lr at a time of the run, in epochs. labels: the loss depends on labels. labels_only: every image
-    needs a label, and the model's own classifier is evaluated after each epoch. shuffle_keys: see batches.Batches.
-    classifier: makes a function from images to scores of a model; None without a classifier.
+    model: its class; its `forward` takes `inputs` and returns the loss. build: makes the model from its class, a base
+    encoder, the options and the number of classes. add_options: adds the method's own options to a parser. defaults:
+    those that differ from MoCo's. views: their number per image. recipe: the default recipe of each view; --aug-plus
+    and the like replace it. learning_rate: the lr at a time of the run, in epochs. labels: the loss depends on labels.
+    labels_only: every image needs a label, and the model's own classifier is evaluated after each epoch. shuffle_keys:
+    see batches.Batches. classifier: makes a function from images to scores of a model; None without a classifier.
     """
 
     model: type[nn.Module]

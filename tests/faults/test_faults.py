@@ -38,8 +38,8 @@ def test_killed_at_random_instants(tmp_path):
             line = run.stdout.readline()
         if killed < KILLS:
             time.sleep(
-                rng.uniform(0, seconds / max(KILLS / 2, 3))
-            )  # short, so that the run does not end before the kill
+                rng.uniform(0, seconds / max(KILLS, 6))
+            )  # short, so that the run does not end before the kill, even if the machine gets faster meanwhile
         else:
             run.wait(timeout=300)
         run.kill()
@@ -55,7 +55,7 @@ def test_killed_at_random_instants(tmp_path):
         killed += 1
     assert_equal_runs(tmp_path / "whole", parts)
     assert [row["epoch"] for row in rows(parts / "log.csv")] == [str(e) for e in range(20)]
-    assert killed  # a machine that gets faster meanwhile ends a run before its kill
+    assert killed >= min(KILLS, 2)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):

@@ -107,8 +107,7 @@ def main():
         for process in running if len(asked) > 1 else ():
             os.killpg(process.pid, signal.SIGTERM)
 
-    def one(number_and_line):
-        number, line = number_and_line
+    def one(number, line):
         if asked:
             return
         begun = time.time()
@@ -116,13 +115,12 @@ def main():
         running.add(process)
         status = process.wait()
         running.remove(process)
-        print(f"together: line {number + 1}: status {status}, {time.time() - begun:.0f} s: {line}", flush=True)
+        print(f"together: line {number}: status {status}, {time.time() - begun:.0f} s: {line}", flush=True)
 
     folder = tempfile.mkdtemp()  # without `with`: the forks leave through here, too
     path = os.path.join(folder, "server")
     os.mkdir(f"{path}-bin")
     os.symlink(Path(__file__).resolve(), f"{path}-bin/python")
-    os.chmod(__file__, 0o755)
     environment = os.environ | {
         "TOGETHER": path,
         "TOGETHER_PYTHON": sys.executable,
@@ -137,7 +135,7 @@ def main():
         if os.waitpid(server, os.WNOHANG)[0]:
             sys.exit("together: the server has ended")
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, enumerate(lines)))
+        list(pool.map(one, itertools.count(1), lines))
     os.kill(server, signal.SIGKILL)
     os.waitpid(server, 0)
     shutil.rmtree(folder)

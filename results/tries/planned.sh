@@ -4,16 +4,18 @@
 #     bash results/tries/planned.sh DATA OUT | PYTHONPATH=. python results/tries/together.py 6 DATA OUT/labels/{coarse,noisy}
 #
 # OUT/labels is what labels.py makes of DATA. Six runs at a time make 360,000 encoder passes a second on an H200, so 45,000
-# images and 60 passes take 7.5 seconds of it.
+# images and 60 passes take 7.5 seconds of it. A third argument chooses, for example "long 0" (eleven minutes, of three runs).
 D=$1 O=$2
 row() { echo "python scripts/reproduce.py $1 $D --name $2 --seeds $3 --epochs $4 -a resnet20 --pretrain \"$5 --precision bf16 --compile\" --runs $O/runs --results $O/results --weights $O/weights/$2-seed$3"; }
 L="--linear \"--recipe moco --lr 0.1 -b 256 --epochs 10 --schedule 6 8 --precision fp32\""
-own() {  # seed: the own recipe with the options kept, 400 passes
+crop() {  # seed, epochs of In, of cross entropy, of SupContrast: the own recipe with the options kept, at equal cost
   local R="-b 256 --wd 5e-4 --cos --warm-up 1 --knn-freq 20 --aug-crop --nesterov --no-bias-decay"
-  row own resnet20-100ep-crop $1 100 "$R --lr 0.3"
-  row ce resnet20-133ep-crop $1 133 "$R --lr 0.3" | sed "s|--runs|$L --runs|"
-  row supcon resnet20-67ep-crop $1 67 "$R --lr 0.2" | sed "s|--runs|$L --runs|"
+  row own resnet20-$2ep-crop $1 $2 "$R --lr 0.3"
+  row ce resnet20-$3ep-crop $1 $3 "$R --lr 0.3" | sed "s|--runs|$L --runs|"
+  row supcon resnet20-$4ep-crop $1 $4 "$R --lr 0.2" | sed "s|--runs|$L --runs|"
 }
+own() { crop $1 100 133 67; }   # 400 passes
+long() { crop $1 200 267 133; }  # 800: In gains more from longer runs than cross entropy does
 table() {  # seed: rows of the README's table
   for r in supcon in-200 ce; do row $r resnet20-60ep $1 60 "" | sed 's|reproduce.py|reproduce.py --small|'; done
 }
@@ -40,5 +42,7 @@ others() {
     for lr in 0.1 0.3; do other $l-ce-lr$lr main_ce.py "--epochs 20 --lr $lr" $l; other $l-head-lr$lr results/tries/head.py "--epochs 20 --lr $lr" $l; done
   done
 }
-own 0; table 1; table 2; noown 0; others; own 1; queue 0; own 2; noown 1; table 0; queue 1
-row supcon resnet20-67ep-own 2 67 "-b 256 --wd 5e-4 --cos --warm-up 1 --knn-freq 20 --aug-mild --lr 0.2" | sed "s|--runs|$L --runs|"
+mild() {  # seed: SupContrast of the README's table, whose third seed is missing
+  row supcon resnet20-67ep-own $1 67 "-b 256 --wd 5e-4 --cos --warm-up 1 --knn-freq 20 --aug-mild --lr 0.2" | sed "s|--runs|$L --runs|"
+}
+eval "${3:-own 0; table 1; table 2; noown 0; others; own 1; queue 0; own 2; noown 1; table 0; queue 1; mild 2}"

@@ -254,7 +254,10 @@ def speed(benches):
     for key, what in FIGURES.items():
         digits = 0 if key == "images_per_second" else 2
         rows.append([what, *(f"{b[key]:,.{digits}f}" if key in b else "" for b in benches)])
-    rows += [["measured", *(b["measured"] for b in benches)], ["command", *(f"`{b['command']}`" for b in benches)]]
+    rows += [
+        ["measured", *(b["measured"] for b in benches)],
+        ["command", *(f"`{b['command'].partition(' --out')[0]}`" for b in benches)],
+    ]
     return table(["", *map(machine, benches)], rows)
 
 

@@ -41,4 +41,4 @@ def shapes_of_fc(state_dict: dict) -> dict:
 
 def preprocess(image: Image.Image, centre: augment.Centre) -> Tensor:
     """(3, size, size) float32 of a PIL image of any size; ValueError: it has more than 8 bits per channel."""
-    return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image))[None]))[0]
+    return centre.normalise(centre.cut(datasets.pixels(datasets.rgb(image))[None]))[0].contiguous()

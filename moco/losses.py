@@ -97,7 +97,8 @@ def info_nce_loss(logits: Tensor) -> Tensor:
 def info_nce_logits(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """(N, 1 + K) float32: column 0 is the query's own key, the others are the queue."""
     q, k, queue = q.float(), k.float(), queue.float()
-    return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature
 
 
 def checked(logits: Tensor, *masks: Tensor | None) -> Tensor:

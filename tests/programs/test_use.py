@@ -47,7 +47,8 @@ def test_features_are_those_of_the_linear_evaluation(trained):
 def test_preprocess_takes_any_image(trained):
     _, preprocess = moco.load_encoder(trained[1])
     for mode, size in (("L", (40, 20)), ("RGBA", (20, 50)), ("P", (12, 12)), ("CMYK", (9, 9))):
-        assert preprocess(Image.new(mode, size)).shape == (3, 12, 12)
+        made = preprocess(Image.new(mode, size))
+        assert made.shape == (3, 12, 12) and made.is_contiguous()
     image = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 40).convert("RGB")
     small = tv.center_crop(tv.resize(image, 14), [12, 12])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in datasets.CIFAR10)

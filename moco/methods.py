@@ -157,7 +157,7 @@ SUPCON = Method(
     supcon_rate,
     augment.SUPCON,
     add_options=supcon_options,
-    defaults=dict(batch_size=1024, lr=0.5, cos=True, warm_up=None),
+    defaults=dict(batch_size=1024, lr=0.5, cos=True, warm_up=None, schedule=[700, 800, 900]),
 )
 CROSS_ENTROPY = Method(
     CrossEntropy,
@@ -167,7 +167,7 @@ CROSS_ENTROPY = Method(
     views=1,
     labels_only=True,
     classifier=own_classifier,
-    defaults=dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None),
+    defaults=dict(epochs=500, batch_size=1024, lr=0.8, cos=True, warm_up=None, schedule=[350, 400, 450]),
 )
 ALL = {
     "main_moco.py": MOCO,

@@ -111,7 +111,8 @@ def pretrain_parser(
     description: str, add_options: Callable[[Parser], None] | None = None, defaults: Mapping[str, object] | None = None
 ) -> Parser:
     """Options of the pretraining scripts. A method adds its own, and the defaults that differ from MoCo's."""
-    parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=SCHEDULE)
+    schedule = (defaults or {}).get("schedule", SCHEDULE)
+    parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=schedule)
     add, add_views = parser.adder(), parser.adder(exclusive=True)
     add("--cos", action=argparse.BooleanOptionalAction, default=False, resumed=TELL,
         help="cosine schedule from lr to 0 (SupContrast and cross entropy: to lr / 1000); replaces --schedule")

@@ -26,7 +26,7 @@ def main(method: Method, description: str) -> None:
     """What a pretraining script calls. `description`: the text of --help."""
     parser = options.pretrain_parser(description, method.add_options, method.defaults)
     args = parser.parse_args()
-    if args.cos and args.schedule is not options.SCHEDULE:
+    if args.cos and args.schedule is not parser.get_default("schedule"):
         parser.error("--schedule has no effect with --cos, which is on: add --no-cos, or omit --schedule")
     launch.launch(partial(train, method, args), **options.launching(args))
 

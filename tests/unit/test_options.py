@@ -178,6 +178,11 @@ def test_the_learning_rate_without_cos():
     args = resolved("main_moco_out.py", "")
     rates = [methods.OUT.learning_rate(moment, args) for moment in (0, 2.5, 5, 599.9, 600, 799.9, 800, 999)]
     assert rates == pytest.approx([0, 0.015, 0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    for script, epochs in (("main_ce.py", (350, 400, 450)), ("main_supcon.py", (700, 800, 900))):
+        args = resolved(script, "--no-cos --lr 1")  # the steps of SupContrast's authors
+        moments = [moment for epoch in epochs for moment in (epoch - 0.1, epoch)]
+        rates = [methods.ALL[script].learning_rate(moment, args) for moment in moments]
+        assert rates == pytest.approx([1, 0.1, 0.1, 0.01, 0.01, 0.001])
 
 
 def test_the_stem_and_the_network_by_default():

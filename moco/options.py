@@ -240,13 +240,13 @@ def launching(args: Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict) -> Namespace:
-    """The resolved options of a pretraining script. `saved`: the options of the checkpoint to resume, or {}."""
+def resolve_pretraining(args: Namespace, device: torch.device, objective: str, saved: dict | None) -> Namespace:
+    """The resolved options of a pretraining script. `saved`: the checkpoint to resume, or None."""
     args = resolve(args, device)
     if args.init and not saved:
         weights = checkpoint.encoder_weights(start := checkpoint.load(args.init), args.init)
         args.arch = checkpoint.described(start, weights, args.init, args.arch)["arch"]
-    args.arch = args.arch or saved.get("arch") or "resnet50"
+    args.arch = args.arch or (saved or {}).get("arch") or "resnet50"
     args.objective, args.groups = objective, distributed.world_size() * args.bn_splits
     args.stem = args.stem or ("cifar" if args.image_size <= augment.SMALL else "imagenet")
     if args.warm_up is None:  # SupContrast's authors, for batches over 256
@@ -263,7 +263,8 @@ def resolve_pretraining(args: Namespace, device: torch.device, objective: str, s
         )
     if args.nesterov and not args.momentum:
         raise UsageError("--nesterov needs a --momentum above 0")
-    args.seed = shared_seed(args.seed if args.seed is not None else saved.get("seed"), device)
+    theirs = saved["options"] if saved else {}
+    args.seed = shared_seed(args.seed if args.seed is not None else theirs.get("seed"), device)
     return args
 
 

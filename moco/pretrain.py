@@ -48,7 +48,7 @@ def prepare(
             f"'{path}' contains only weights: training cannot be resumed from it (--init starts from them, and "
             "main_lincls.py --pretrained evaluates them)"
         )
-    args = options.resolve_pretraining(args, device, method.model.__name__, saved["options"] if saved else {})
+    args = options.resolve_pretraining(args, device, method.model.__name__, saved)
     options.agree(args, device, saved=saved)
     if saved:
         if args.init:

@@ -28,11 +28,11 @@ VALUES = st.one_of(
 )
 
 
-def resolved(script, words):
+def resolved(script, words, saved=None):
     method = methods.ALL[script]
     parser = options.pretrain_parser("", method.add_options, method.defaults)
     args = parser.parse_args([*words.split(), "--dataset", "digits", "--seed", "0"])
-    return options.resolve_pretraining(args, torch.device("cpu"), "", {})
+    return options.resolve_pretraining(args, torch.device("cpu"), "", saved)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -304,6 +304,7 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
     """The rows of a log, as dicts of strings; [] without a log. Incomplete rows are left out."""
     if not Path(path).is_file():
         return []
+    csv.field_size_limit(sys.maxsize)  # a file that is not a log has no row, however long its lines
     with open(path, newline="", errors="replace") as file:
         return [
             row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal() and None not in row.values()

@@ -22,7 +22,7 @@ def test_paths_that_cannot_be_written(run, tmp_path):
     out = tmp_path / "out"
     (out / "checkpoint_last.pth.tar.tmp").mkdir(parents=True)
     refused(run("main_moco.py", TINY_MOCO, "--epochs 1 --output-dir", out), 1, "could not be written: Is a directory")
-    (out / "log.csv").write_bytes(bytes(range(256)) * 9)  # has no valid row
+    (out / "log.csv").write_bytes(bytes(range(256)) * 9 + bytes(200_000))  # has no valid row, and a long one
     (out / "checkpoint_last.pth.tar.tmp").rmdir()
     assert run("main_moco.py", TINY_MOCO, "--epochs 1 --resume auto --output-dir", out).status == 0
     other = tmp_path / "other"

@@ -229,7 +229,7 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     if not train and Path(folder, "train").is_dir():
         if missing := set(found) ^ set(class_folders(Path(folder, "train"))):
             raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing)[:5])}")
-    elif trained_on:
+    elif trained_on and not train:
         classes = trained_on
         if missing := set(found) - set(classes):
             raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing)[:5])}")

@@ -110,6 +110,8 @@ def test_which_images_validate(folder):
     train, validation = (datasets.load("imagefolder", both, part, holdout=2, per_class=3) for part in (True, False))
     names = [[path[-9:-4] for path in split.paths] for split in (train, validation)]
     assert names == [[f"{c}/{n}" for c in ("cat", "dog") for n in numbers] for numbers in ((0, 1, 2), (4, 5))]
+    classes = datasets.load("imagefolder", both, False, holdout=2, classes=["ant", "cat", "dog"]).classes
+    assert classes == ["cat", "dog"]  # train/ has the classes, whatever a checkpoint was trained on
     digits = [datasets.load("digits", None, part).images.flatten(1) for part in (True, False)]
     assert [len(images) for images in digits] == [1437, 360]
     assert (digits[0][:, None] == digits[1]).all(2).sum() == 0

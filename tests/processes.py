@@ -24,6 +24,7 @@ FORKSERVER.set_forkserver_preload(["helpers", "sklearn.datasets", "torch._dynamo
 PYTHON = [sys.executable]
 TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]  # on a free port
 TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+LAUNCHED = []
 
 
 class Forked:
@@ -88,7 +89,8 @@ def start(script, *args, launcher=None, env=os.environ, **options):
     command = [str(ROOT / script), *split(args)]
     if launcher:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen([*launcher, *command], env=env, **pipes, **options)
+        LAUNCHED.append(subprocess.Popen([*launcher, *command], env=env, **pipes, **options))
+        return LAUNCHED[-1]
     reader, writer = FORKSERVER.Pipe(duplex=False)
     run = Forked(command, writer, writer, env, **options)
     writer.close()
@@ -109,7 +111,9 @@ def forking(popen):
 
 
 def kill_all():
-    """Kills the forked processes that still run, which a failed test has left behind: pytest would wait for them."""
+    """Ends the processes that a failed test has left behind: pytest would wait for them."""
+    while LAUNCHED:
+        LAUNCHED.pop().terminate()  # torchrun passes it on
     for process in multiprocessing.active_children():
         if isinstance(process, FORKSERVER.Process):
             process.kill()

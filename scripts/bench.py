@@ -194,7 +194,7 @@ def loop(words, turn, turns, between=lambda i: None):
         images = synthetic((turn * turns + skipped + 1) * args.batch_size)  # one more step: its beginning ends the last
         images.images = images.images.to(device)
         with tempfile.TemporaryDirectory() as args.output_dir, open(os.devnull, "w") as null, redirect_stdout(null):
-            resolved = options.resolve_pretraining(args, device, "MoCoOut", {})
+            resolved = options.resolve_pretraining(args, device, "MoCoOut", None)
             resolved = options.complete(resolved, images, len(images) // args.batch_size, device)
             pretrain.fit(methods.with_queue(Timed), resolved, images, None, None, None, device)
 

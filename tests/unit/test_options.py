@@ -189,3 +189,5 @@ def test_the_stem_and_the_network_by_default():
     for size, stem in ((32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")):
         args = resolved("main_moco_out.py", f"--image-size {size}")
         assert (args.stem, args.arch) == (stem, "resnet50")
+    other = {"arch": "resnet18", "options": {}}  # without this project's options
+    assert resolved("main_moco_out.py", "--init does-not-matter", other).arch == "resnet18"

@@ -56,9 +56,8 @@ def prepare(args: Namespace, device: torch.device) -> None:
     encoder = encoders.build(args.arch, args.stem)(num_classes=len(validation.classes))
     checkpoint.load_encoder(encoder, weights, source, classifier=args.resume is not None)
     encoder.to(device)
-    for tensor in encoder.state_dict().values():  # a pretraining run may have replaced the file between two reads
+    for tensor in encoder.state_dict().values():  # the path may be a local copy on each node: all use rank 0's
         distributed.broadcast(tensor)
-    encoder.to(memory_format=torch.channels_last)
     backbone = evaluate.frozen(encoder)
     centre = augment.Centre(args.image_size, args.mean, args.std, args.centre_crop)
     images = Centres(validation, centre, args.batch_size, device, args.workers)
@@ -157,8 +156,7 @@ def train(
         epochs=args.epochs,
         compile=args.compile,
     )
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
-    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, **sgd)
+    optimizer = torch.optim.SGD(classifier.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     sizes = dict(epochs=args.epochs, steps=len(batches), images=len(split), batch_size=args.batch_size)
     advice = f"try a lower --lr than {args.lr:g}"
     run = Run(args.output_dir, "linear", LINEAR, COLUMNS, args.print_freq, device, advice, **sizes)

@@ -54,7 +54,8 @@ class Recipe:
         """
 
         # One row of uniform numbers per image, so that a view does not depend on how many are drawn. float64, so that
-        # crops are rounded to whole pixels as in torchvision.
+        # crops are rounded to whole pixels as in torchvision. Colours, blur and flip take 9; a padded crop takes 2 more,
+        # RandomResizedCrop 2 per attempt and 2.
         numbers = 9 if height is None else 11 if self.padding is not None else 9 + 2 * ATTEMPTS + 2
         draws = iter(torch.rand(count, numbers, generator=generator, dtype=torch.float64).T)
 

@@ -72,5 +72,5 @@ class CrossEntropy(nn.Module):
         encoders.split_batch_norm(self.encoder_q, bn_splits)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images: (N, 3, H, W) float. labels: (N,) int64. Returns the mean loss of this process's images."""
+        """images: (N, 3, H, W) float. labels: (N,) int64, 0 or more. Returns the mean loss of this process's images."""
         return F.cross_entropy(self.encoder_q(images).float(), labels)

@@ -29,7 +29,7 @@ from moco.datasets import Split, pixels
 from moco.errors import WORKER_DIED, RunError, UsageError
 from moco.launch import STOP_SIGNALS
 
-# The kinds of random choices, a part of their seeds: no two kinds share a stream.
+# The kinds of random choices, a part of their seeds: no two kinds share a stream. 4 was used by version 0.1.
 IMAGES, KEYS, PARAMETERS, JITTER, CROPS = 0, 1, 2, 3, 5
 SHARED_MEMORY = "/dev/shm"  # where data-loading workers put their batches
 LONGEST_TMPDIR = 107 - len("/pymp-01234567/listener-01234567")  # a socket's path has at most 107 bytes

@@ -73,7 +73,7 @@ class MoCo(nn.Module):
             # gather the keys of all processes and undo the shuffle
             k_all = unshuffle(distributed.all_gather(k), order)  # keys: BxC
 
-            # logits against the own key and the queue: Nx(1+K)
+            # logits against the own key and the queue, which moves on before the backward pass: Nx(1+K)
             logits = info_nce_logits(q, distributed.my_rows(k_all), self.queue.clone(), self.T)
             if self.measure_health:
                 own_key = torch.arange(logits.shape[1], device=q.device).expand(logits.shape) == 0
@@ -233,6 +233,7 @@ class MoCoSupLoss(LabelAwareMoCo):
         return torch.stack(losses).mean()
 
     def one_process(self, q: Tensor, labels: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Loss and health of one chunk: those of a process with only these queries and keys."""
         n = len(q)
         logits, positives = self.compare(q, labels, torch.cat([q, k]), labels.repeat(2), own=n)
         contrast = ~torch.eye(*positives.shape, dtype=torch.bool, device=q.device)  # not a query with itself

@@ -293,14 +293,15 @@ def initialise(encoder: nn.Module, path: str) -> None:
     weights, own = encoder_weights(saved, path), encoder.state_dict()
     left = [name for name in weights if name.startswith("fc.")]
     (*channels, _, size), (*own_channels, _, own_size) = (each["conv1.weight"].shape for each in (weights, own))
-    if size != own_size and channels == own_channels:
+    if other_stem := size != own_size and channels == own_channels:
         left.append("conv1.weight")
-    load_encoder(encoder, weights | {name: own[name] for name in left if name == "conv1.weight"}, path)
+        weights["conv1.weight"] = own["conv1.weight"]
+    load_encoder(encoder, weights, path)
     taken, prefix = len(weights) - len(left), prefix_of_encoder(saved["state_dict"])
     others = {name.removeprefix(PREFIX) for name in saved["state_dict"]}
     left += {f"{name.partition('.')[0]}.*" for name in others if not name.startswith(prefix)}
     say(f"--init '{path}': {taken} tensors taken" + (f"; not taken: {', '.join(sorted(left))}" if left else ""))
-    if "conv1.weight" in left:
+    if other_stem:
         say(
             f"note: its first convolution is {size}x{size}, this network's is {own_size}x{own_size} and keeps its random weights: "
             f"--stem {'imagenet' if size == 7 else 'cifar'} would load it"

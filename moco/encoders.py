@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock
 from moco import distributed
 from moco.errors import UsageError
 
-HIDDEN = 2048  # width of the projection head's hidden layer, whatever the encoder's width
+HIDDEN = 2048  # width of the projection head's hidden layer, as in the reference; MoCo's own is as wide as the encoder
 
 
 def build(arch: str, stem: str = "cifar") -> Callable[..., nn.Module]:

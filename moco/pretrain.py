@@ -177,7 +177,10 @@ def make_model(
 
 
 def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
-    """Parameter groups with and without weight decay: none for prototypes, nor with `no_bias_decay` for biases and batch norm."""
+    """Parameter groups with and without weight decay.
+
+    Prototypes have none; with `no_bias_decay`, biases and batch norm have none either.
+    """
     decayed, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

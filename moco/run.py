@@ -40,8 +40,8 @@ class Run:
     Attributes:
         epoch, step: the next step to train.
         losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
-        stopping: the signal for which all processes have agreed to stop, or 0. saving: to save within the epoch, also for
-            that.
+        stopping: the signal for which all processes have agreed to stop, or 0. saving: whether to save now, within the epoch: every
+            SAVE_EVERY seconds, or because of a signal.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Run:
     def steps(self, batches: Iterable) -> Iterator[tuple[int, Any]]:
         """Yields (step, batch) for the rest of the epoch; `batches` starts at `self.step`."""
         self.first, self.waiting = self.step, 0.0
-        self.begun = self.mark = start = time.perf_counter()
+        self.steps_began = self.mark = start = time.perf_counter()
         with tqdm(
             total=self.length,
             initial=self.first,
@@ -198,7 +198,7 @@ class Run:
 
     @property
     def images_per_second(self) -> float:
-        return (self.seen(self.step) - self.seen(self.first)) / max(time.perf_counter() - self.begun, 1e-9)
+        return (self.seen(self.step) - self.seen(self.first)) / max(time.perf_counter() - self.steps_began, 1e-9)
 
     def summary(self) -> dict[str, float]:
         """The log's row of a trained epoch: means over its steps and the processes. One collective."""
@@ -231,7 +231,7 @@ class Run:
             self.writer.save([self.folder / name for name in (kept, self.last) if name], content)
 
     def log(self, row: dict[str, float]) -> None:
-        """Ends the epoch with its row in the log. Later time, saving included, counts as the next epoch's."""
+        """Ends the epoch: adds `seconds` to its row and writes it to the log. Later time, saving included, counts as the next epoch's."""
         now = time.perf_counter()
         row["seconds"] = now - self.began
         if self.table:

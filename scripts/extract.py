@@ -144,7 +144,7 @@ def search(features: np.ndarray, labels: torch.Tensor, device: torch.device) -> 
         say(f"note: no recall@1 and MAP@R for more than {MOST_SEARCHED:,} images: they compare all pairs")
         return
     normed = F.normalize(torch.from_numpy(features[rows.numpy()]).to(device), dim=1)
-    if len(rows) and (found := retrieval(normed, labels[rows].to(device))):
+    if found := retrieval(normed, labels[rows].to(device)):
         say("retrieval among the labelled images: recall@1 {:.2f}, recall@5 {:.2f}, MAP@R {:.2f}".format(*found))
 
 

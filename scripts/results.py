@@ -35,7 +35,7 @@ class Row:
 
     @property
     def passes(self) -> int:
-        """Passes of an encoder per image and epoch: three a view (a backward pass counts two), one for a key."""
+        """Passes of an encoder per image and epoch: three per view (a backward pass counts as two), one for a key."""
         method = methods.ALL[self.script]
         return 3 * method.views - 2 * method.shuffle_keys
 

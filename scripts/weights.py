@@ -27,6 +27,7 @@ def write(run: Path, result: dict, path: Path) -> dict:
         "epoch": saved["epoch"],
         "arch": saved["arch"],
         "state_dict": checkpoint.with_prefix(checkpoint.encoder_weights(saved, run)),
+        # the accuracy that main_lincls.py -e prints: the last epoch's, as the weights are
         "best": {"top1": result["top1"], "top5": result["top5"], "epoch": saved["epoch"] - 1},
         "options": kept,
     }

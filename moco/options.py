@@ -22,7 +22,6 @@ from moco.errors import UsageError, one_line, say
 from moco.launch import DIST_URL
 
 KEEP, TELL = "keep", "tell"  # a resumed run must not change an option, or a change prints a note: see Parser
-SCHEDULE = [600, 800]  # of pretraining without --cos
 DATASETS = ("auto", "imagefolder", "cifar10", "cifar100", "digits")
 
 
@@ -111,7 +110,7 @@ def pretrain_parser(
     description: str, add_options: Callable[[Parser], None] | None = None, defaults: Mapping[str, object] | None = None
 ) -> Parser:
     """Options of the pretraining scripts. A method adds its own, and the defaults that differ from MoCo's."""
-    schedule = (defaults or {}).get("schedule", SCHEDULE)
+    schedule = (defaults or {}).get("schedule", [600, 800])
     parser = base_parser(description, epochs=1000, lr=0.03, weight_decay=1e-4, schedule=schedule)
     add, add_views = parser.adder(), parser.adder(exclusive=True)
     add("--cos", action=argparse.BooleanOptionalAction, default=False, resumed=TELL,

@@ -40,8 +40,8 @@ class Run:
     Attributes:
         epoch, step: the next step to train.
         losses: (steps,) float32 of the epoch, on the device; means over the processes up to `step`, then this one's own.
-        stopping: the signal for which all processes have agreed to stop, or 0. saving: whether to save now, within the epoch: every
-            SAVE_EVERY seconds, or because of a signal.
+        stopping: the signal for which all processes have agreed to stop, or 0. saving: whether to
+            save now, within the epoch: every SAVE_EVERY seconds, or because of a signal.
     """
 
     def __init__(
@@ -231,7 +231,10 @@ class Run:
             self.writer.save([self.folder / name for name in (kept, self.last) if name], content)
 
     def log(self, row: dict[str, float]) -> None:
-        """Ends the epoch: adds `seconds` to its row and writes it to the log. Later time, saving included, counts as the next epoch's."""
+        """Ends the epoch: adds `seconds` to its row, and the row to the log.
+
+        Later time, saving included, counts as the next epoch's.
+        """
         now = time.perf_counter()
         row["seconds"] = now - self.began
         if self.table:

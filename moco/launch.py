@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import NoReturn
@@ -186,6 +187,7 @@ def choose_device(gpu: int | None = None) -> torch.device:
         raise RunError(text) from None
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means float32; bf16 is for speed
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, in old releases
     return device
 
 

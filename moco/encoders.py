@@ -57,7 +57,7 @@ class PadShortcut(nn.Module):
         super().__init__()
         self.channels = channels
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, ::2, ::2]
         missing = self.channels - x.shape[1]
         return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
@@ -89,10 +89,13 @@ class resnet20(nn.Module):
         first = BasicBlock(width_in, width, stride, shortcut)
         return nn.Sequential(first, BasicBlock(width, width), BasicBlock(width, width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.avgpool(x).flatten(1))
+
+
+RESNETS = (models.ResNet, resnet20)
 
 
 class SplitBatchNorm(_BatchNorm):

@@ -46,7 +46,7 @@ def accuracy(
 
 
 def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
-    """A copy of an encoder for fast inference: in eval mode, batch norm folded into the convolutions, without `fc`.
+    """A copy of an encoder for fast inference: in eval mode, without `fc`; a ResNet's batch norm folded into its convolutions.
 
     (N, 3, H, W) -> (N, width), or with `keep_fc` the output of `fc`.
     """
@@ -54,7 +54,8 @@ def frozen(encoder: nn.Module, keep_fc: bool = False) -> nn.Module:
     if not keep_fc:
         encoder.get_submodule("fc")  # AttributeError: there is no such layer, so it cannot be left out
         encoder.fc = nn.Identity()
-    for module in encoder.modules():
+    # Of a ResNet it is known that its layers are called in the order in which they are defined.
+    for module in encoder.modules() if isinstance(encoder, encoders.RESNETS) else ():
         for (first, conv), (second, norm) in pairwise(module.named_children()):
             if isinstance(conv, nn.Conv2d) and type(norm) in (nn.BatchNorm2d, encoders.SplitBatchNorm):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))

@@ -48,12 +48,28 @@ class NormAndReLU(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class OtherOrder(nn.Module):
+    """Its layers are called in another order than that in which they are defined."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 3)
+        self.bn1, self.bn2 = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+        self.fc = nn.Flatten()
+
+    def forward(self, x):
+        return self.fc(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+
+
 def test_a_frozen_encoder_keeps_what_its_layers_do():
-    images = torch.randn(4, 3, 8, 8)
-    encoder = nn.Sequential(nn.Conv2d(3, 5, 3), NormAndReLU(5), nn.Flatten()).eval()
-    encoder[1].running_mean.normal_()
-    encoder.fc = nn.Identity()
-    assert torch.allclose(evaluate.frozen(encoder)(images), encoder(images), atol=1e-6)
+    images = torch.randn(32, 3, 8, 8)
+    resnet = encoders.build("resnet20")(num_classes=10)
+    resnet.layer1[0].bn2 = NormAndReLU(16)
+    for encoder, norms in ((resnet, 1), (OtherOrder(), 2)):
+        encoder(3 * images + 1)  # running statistics
+        frozen = evaluate.frozen(encoder, keep_fc=True)
+        assert sum(isinstance(layer, nn.BatchNorm2d) for layer in frozen.modules()) == norms
+        assert torch.allclose(frozen(images), encoder.eval()(images), atol=1e-5)
     with pytest.raises(AttributeError, match="fc"):
         evaluate.frozen(nn.Sequential(nn.Conv2d(3, 5, 3)))
 

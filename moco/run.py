@@ -244,8 +244,8 @@ class Run:
         self.health.zero_()
 
     def exit_if_stopping(self) -> None:
-        """Waits for the checkpoint and exits, if the processes have agreed to stop."""
-        if not self.stopping:
+        """Waits for the checkpoint and exits, if the processes have agreed to stop and the run is not complete."""
+        if not self.stopping or self.epoch == self.epochs:
             return
         self.writer.finish()
         self.bar.close()

@@ -217,6 +217,13 @@ def test_a_signal_in_the_last_step_comes_before_the_evaluation(run, tmp_path, mo
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_signal_in_the_last_step_of_a_run_changes_nothing(run, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 4)
+    done = run("main_moco_out.py", TINY_MOCO, "--epochs 1 --output-dir", tmp_path)
+    assert done.status == 0 and "--resume" not in done.out, done
+    assert checkpoint.load(tmp_path / "checkpoint_last.pth.tar")["epoch"] == 1
+
+
 def test_the_seed_is_drawn_shown_and_kept(run, tmp_path):
     args = TINY_MOCO.replace("--seed 0", "")
     done = run("main_moco_out.py", args, "--epochs 1 --output-dir", tmp_path)

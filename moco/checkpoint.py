@@ -128,6 +128,8 @@ def load(path: str | Path) -> dict:
         plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not plain:
             raise RunError(f"'{path}' is not a checkpoint: {name} of its state_dict is not a plain tensor")
+        if value.is_floating_point() and value.itemsize == 1:
+            raise RunError(f"checkpoint '{path}' has {name} in {value.dtype}: convert it to a wider type")
         if value.is_floating_point() and not value.isfinite().all():
             raise RunError(f"checkpoint '{path}' has values that are not finite, in {name}")
     # A module that torch.compile has wrapped adds to its names.

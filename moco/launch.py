@@ -50,7 +50,7 @@ def reporting(process: Mapping[str, str] | None = None) -> Iterator[None]:
         sys.exit(130)
     except (UsageError, RunError) as error:
         report_and_exit(error, process)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         report_and_exit(explained(error), process)
 
 
@@ -215,13 +215,14 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def explained(error: RuntimeError | OSError) -> RunError:
+def explained(error: RuntimeError | OSError | MemoryError) -> RunError:
     """A one-line error for a known failure; any other is raised again, as a bug."""
     if isinstance(error, OSError) and error.strerror:
         return RunError(f"'{error.filename}': {error.strerror}" if error.filename else error.strerror)
     if "during capture" in str(error) and error.__context__:  # what ended the recording of a CUDA graph
         error = error.__context__
-    if any(text in str(error) for text in ("allocate memory", "out of memory", "ALLOC_FAILED")):
+    torchs = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(text in str(error) for text in torchs):
         advice = "a smaller -b or --moco-k, no --knn-freq, or --no-compile may fit"
         return RunError(f"out of memory: {advice} ({first_line(error)})")
     if "DataLoader worker" in str(error):  # PyTorch's SIGCHLD handler raises it wherever the main thread is

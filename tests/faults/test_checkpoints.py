@@ -45,7 +45,7 @@ def test_checkpoints(run, tmp_path):
     for content in (saved_bytes[: len(saved_bytes) // 2], saved_bytes[:100], b"", b"not a checkpoint", bytes(1000)):
         bad.write_bytes(content)
         both_refuse(1, bad)
-    odd = torch.eye(3).to_sparse(), torch.zeros(3, device="meta")
+    odd = torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.float8_e4m3fn)
     for content in (
         *({"state_dict": {"module.queue": tensor}} for tensor in odd),
         [1, 2],

@@ -140,7 +140,7 @@ def test_a_process_that_leaves_ignores_later_signals(monkeypatch, tmp_path):
 
 def test_the_out_of_memory_error_names_options_to_reduce():
     errors = ["CPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
-    for error in (torch.OutOfMemoryError("CUDA out of memory."), *map(RuntimeError, errors)):
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError("1 GiB"), *map(RuntimeError, errors)):
         text = str(launch.explained(error))
         assert "-b" in text and "--moco-k" in text and str(error) in text
 

@@ -61,7 +61,8 @@ class Plan:
 
     def key_orders(self, epoch: int) -> Tensor:
         """(steps, B) int64: at each step, row j of the key views shows image order[j] of the batch (Shuffling BN)."""
-        return torch.rand(len(self), self.batch_size, generator=generator(self.seed, epoch, KEYS)).argsort(1)
+        numbers = torch.rand(len(self), self.batch_size, generator=generator(self.seed, epoch, KEYS))
+        return numbers.argsort(dim=1, stable=True)  # some are equal
 
 
 class Batches:

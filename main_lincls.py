@@ -76,15 +76,12 @@ def prepare(args: Namespace, device: torch.device) -> None:
         say(f"result: top1={top1:.2f} top5={top5:.2f} epoch={epoch}")
         return
     if args.resume:
-        checkpoint.compare_options(saved["options"], args, source)
+        options.compare_options(saved["options"], args, source)
     split = load(True, per_class=args.per_class)
     if len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': there is nothing to classify")
-    if args.aug_crop and not split.of_side(args.image_size):
-        raise UsageError(
-            f"'{source}' was trained with --aug-crop: all images must be {args.image_size} x {args.image_size} pixels "
-            f"(--image-size, at most {datasets.LARGEST_SIDE})"
-        )
+    if args.aug_crop:
+        split.check_side(args.image_size, f"'{source}' was trained with --aug-crop")
     options.agree(args, device, split)
     if args.resume:
         checkpoint.compare_data(saved, len(split), split.classes, source)

@@ -150,7 +150,7 @@ class Batches:
 class Files:
     """Images in files, decoded and cropped by data-loading workers, which live for all epochs."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, epochs: int, workers: int, device: torch.device):
+    def __init__(self, dataset: "Decoded", plan: Plan, epochs: int, workers: int, device: torch.device):
         self.dataset, self.plan, self.epochs, self.workers, self.device = dataset, plan, epochs, workers, device
         self.stream, self.next = None, None  # the workers' batches, and the (epoch, step) of the next one
 

@@ -209,7 +209,7 @@ def compare_classes(saved: list[str] | None, classes: list[str], path: str | Pat
 
 
 def compare_data(saved: dict, images: int, classes: list[str], path: str) -> None:
-    """As `compare_options`, for the training images: their number and their classes."""
+    """As options.compare_options, for the training images: their number and their classes."""
     compare_classes(saved["options"].get("classes"), classes, path)
     then = saved["options"].get("images", images)
     if then != images and saved.get("step"):
@@ -219,24 +219,6 @@ def compare_data(saved: dict, images: int, classes: list[str], path: str) -> Non
         )
     if then != images:
         say(f"note: the training images were {then} and are now {images}")
-
-
-def compare_options(saved: dict, args: Namespace, path: str) -> None:
-    """UsageError if a resumed run has changed an option that it must keep; prints a note if it has changed another.
-
-    `saved`: the checkpoint's options. Which options matter is declared with them, see options.Parser.
-    """
-    if not saved:  # another program's checkpoint
-        return
-    if saved.get("views") == "pil":
-        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which was removed: it cannot be resumed")
-    derived = dict(objective=("objective", True, None), groups=("--bn-splits times processes =", True, None))
-    for name, (flag, must_keep, default) in (derived | args.when_resumed).items():
-        then, now = saved.get(name, default), vars(args).get(name)
-        if then != now and must_keep:
-            raise UsageError(f"checkpoint '{path}' was trained with {flag} {then}, this run has {now}")
-        if then != now:
-            say(f"note: {flag} was {then} and is now {now}")
 
 
 def encoder_weights(saved: dict, path: str | Path) -> dict:

@@ -43,8 +43,8 @@ LARGEST_DATASET = 4 << 30  # ... as long as together they take no more bytes tha
 class Split:
     """The training or the validation images.
 
-    labels: (N,) int64 on the CPU, -1 for an image without one. images: (N, 3, H, W) uint8 on the device, or None;
-    then paths: their N files, as str or bytes.
+    labels: (N,) int64 on the CPU, -1 for an image without one. images: (N, 3, H, W) uint8 on the device, or None if
+    they stay in their files. paths: these N files, as str or bytes, or None if it is not an image folder.
     """
 
     labels: torch.Tensor
@@ -55,9 +55,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of_side(self, side: int) -> bool:
-        """Are the images in memory, and `side` pixels high and wide?"""
-        return self.images is not None and set(self.images.shape[2:]) == {side}
+    def check_side(self, side: int, what: str) -> None:
+        """UsageError: `what` needs images in memory, `side` pixels high and wide, and these are not."""
+        if self.images is None or set(self.images.shape[2:]) != {side}:
+            size = f"{side} x {side} pixels (--image-size, at most {LARGEST_SIDE})"
+            raise UsageError(f"{what}: all images must have {size}")
 
     def rows_of_each_class(self, part: slice) -> torch.Tensor:
         """(n,) int64: the rows that a slice selects within each class. Unlabelled images are left out."""
@@ -120,7 +122,7 @@ def resolve(name: str, folder: str | None, trained_on: str | None = None) -> str
 
 
 def candidates(folder: str | Path) -> list[str]:
-    """The data sets that are in a folder, or may be downloaded to it: CIFAR's, beside no other files."""
+    """The data sets that are in a folder, or may be downloaded to it: CIFAR's, if there are no other files."""
     if any(Path(folder, split).is_dir() for split in SPLITS):
         return ["imagefolder"]
     files = {
@@ -215,10 +217,10 @@ def cifar(name: str, folder: str, train: bool) -> Split:
     return Split(torch.tensor(data.targets), data.classes, images)
 
 
-def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on: list[str] | None = None) -> Split:
+def image_folder(folder: str, train: bool, unlabelled: bool = False, trained: list[str] | None = None) -> Split:
     """FOLDER/train, or FOLDER/val or FOLDER/test, with one folder per class; `unlabelled` adds FOLDER/unlabelled.
 
-    `trained_on`: the classes if there is no train/ folder; some of them may have no image.
+    `trained`: the classes if there is no train/ folder; some of them may have no image.
     """
     roots = [Path(folder, name) for name in (["train"] if train else ["val", "test"])]
     root = next((path for path in roots if path.is_dir()), None)
@@ -229,8 +231,8 @@ def image_folder(folder: str, train: bool, unlabelled: bool = False, trained_on:
     if not train and Path(folder, "train").is_dir():
         if missing := set(found) ^ set(class_folders(Path(folder, "train"))):
             raise UsageError(f"train/ and {root.name}/ differ in their class folders: {', '.join(sorted(missing)[:5])}")
-    elif trained_on and not train:
-        classes = trained_on
+    elif trained and not train:
+        classes = trained
         if missing := set(found) - set(classes):
             raise UsageError(f"{root.name}/ has classes that were not trained on: {', '.join(sorted(missing)[:5])}")
     skipped = Counter()
@@ -298,7 +300,7 @@ def refuse(error: OSError) -> NoReturn:
 
 
 def hidden(name: str) -> bool:
-    """Is it a file or a folder that systems make beside images: thumbnails, macOS's copies of attributes?"""
+    """Is it a file or a folder that systems make next to images: thumbnails, macOS's copies of attributes?"""
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 

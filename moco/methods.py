@@ -118,7 +118,7 @@ def supcon_options(parser: Parser) -> None:
     add("--temp", resumed=KEEP, type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
 
 
-def build_moco(model: type[MoCo], base_encoder: Callable, args: Namespace, classes: int) -> MoCo:
+def build_moco(model: Callable[..., MoCo], base_encoder: Callable, args: Namespace, classes: int) -> MoCo:
     size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
     return model(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)
 

@@ -287,6 +287,24 @@ def resolve_linear(args: Namespace, device: torch.device, source: str, saved: di
     return args
 
 
+def compare_options(saved: dict, args: Namespace, path: str) -> None:
+    """UsageError if a resumed run has changed an option that it must keep; prints a note if it has changed another.
+
+    `saved`: the checkpoint's options. Which options matter is declared with them, see Parser.
+    """
+    if not saved:  # another program's checkpoint
+        return
+    if saved.get("views") == "pil":
+        raise UsageError(f"checkpoint '{path}' was trained with --views pil, which was removed: it cannot be resumed")
+    derived = dict(objective=("objective", True, None), groups=("--bn-splits times processes =", True, None))
+    for name, (flag, must_keep, default) in (derived | args.when_resumed).items():
+        then, now = saved.get(name, default), vars(args).get(name)
+        if then != now and must_keep:
+            raise UsageError(f"checkpoint '{path}' was trained with {flag} {then}, this run has {now}")
+        if then != now:
+            say(f"note: {flag} was {then} and is now {now}")
+
+
 def resolve(args: Namespace, device: torch.device, trained_on: str | None = None) -> Namespace:
     """Resolves, for every script, what depends on the data set, the device and the processes."""
     args = Namespace(**vars(args))

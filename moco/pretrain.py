@@ -55,7 +55,7 @@ def prepare(
             say(f"note: --init is ignored: this run continues from '{path}'")
         if saved.get("arch") != args.arch:
             raise UsageError(f"checkpoint '{path}' was trained with -a {saved.get('arch')}, this run has {args.arch}")
-        checkpoint.compare_options(saved["options"], args, path)
+        options.compare_options(saved["options"], args, path)
     if args.labels_per_class == 0 and (method.labels_only or args.knn_freq):
         what = "cross entropy" if method.labels_only else f"--knn-freq {args.knn_freq}"
         raise UsageError(f"--labels-per-class 0 leaves no labels: {what} needs some")
@@ -63,9 +63,8 @@ def prepare(
     split = load(True, per_class=args.per_class, labels_per_class=args.labels_per_class, unlabelled=True)
     if method.labels and len(split.classes) < 2:
         raise UsageError(f"'{args.data}' has one class, '{split.classes[0]}': this method needs at least two classes")
-    if args.aug_crop and not split.of_side(args.image_size):
-        size = f"{args.image_size} x {args.image_size} pixels (--image-size, at most {datasets.LARGEST_SIDE})"
-        raise UsageError(f"--aug-crop needs images of {size}: choose other views")
+    if args.aug_crop:
+        split.check_side(args.image_size, "--aug-crop")
     validation = load(False) if args.knn_freq or method.labels_only else None
     options.agree(args, device, split, validation=validation)
     if saved:
@@ -136,7 +135,7 @@ def fit(
                 row |= measure(method, model, args, epoch, split, validation, device)
             run.log(row)
             save(epoch + 1)  # after the log: a resumed run replaces the rows after its checkpoint
-            run.say(described(epoch, row, args))
+            run.say(epoch_line(epoch, row, args))
             run.exit_if_stopping()
 
 
@@ -189,7 +188,7 @@ def parameter_groups(model: nn.Module, no_bias_decay: bool) -> list[dict]:
 
 
 def knn_is_due(args: Namespace, epoch: int) -> bool:
-    return args.knn_freq and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs)
+    return args.knn_freq > 0 and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs)
 
 
 def measure(
@@ -245,7 +244,7 @@ def introduce(method: Method, args: Namespace, split: Split, steps: int, run: Ru
         )
 
 
-def described(epoch: int, row: dict, args: Namespace) -> str:
+def epoch_line(epoch: int, row: dict, args: Namespace) -> str:
     """The line after each epoch. It shows whether a loss near log K is normal."""
     text = f"epoch {epoch}: loss {row['loss']:.4f}"
     if "accuracy" in row:

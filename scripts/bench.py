@@ -121,7 +121,7 @@ def bench_folder(rounds):
 def compare(theirs, ours, rounds):
     """Images/s of `ours`, and its ratio to `theirs`: medians over rounds. Each returns how many images it has made.
 
-    They run by turns, with one thread.
+    They run alternately, with one thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def now():
 
 
 def bench_loop(case, args):
-    """The whole loop against the bare encoders: by turns, a few steps of one and a few of the other."""
+    """The whole loop against the bare encoders: alternately, a few steps of one and a few of the other."""
     turn, turns = (20, 5 * args.rounds) if GPU else (1, args.rounds + 1)  # steps, and how often
     step, bare_speeds = bare(args.arch, args.batch_size), []
 

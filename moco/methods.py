@@ -111,13 +111,15 @@ def moco_options(parser: Parser) -> None:
     add("--mlp", resumed=KEEP, action="store_true", help="MoCo v2's projection head of two layers")
 
 
-# fmt: on
 def supcon_options(parser: Parser) -> None:
     add = parser.adder("SupContrast")
-    add("--dim", resumed=KEEP, type=positive_int, default=128, metavar="C", help="width of the features (default: 128)")
-    add("--temp", resumed=KEEP, type=positive_float, default=0.1, metavar="T", help="temperature (default: 0.1)")
+    add("--dim", resumed=KEEP, type=positive_int, default=128, metavar="C",
+        help="width of the features (default: %(default)s)")
+    add("--temp", resumed=KEEP, type=positive_float, default=0.1, metavar="T",
+        help="temperature (default: %(default)s)")
 
 
+# fmt: on
 def build_moco(model: Callable[..., MoCo], base_encoder: Callable, args: Namespace, classes: int) -> MoCo:
     size = (args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
     return model(base_encoder, *size, args.mlp, bn_splits=args.bn_splits)

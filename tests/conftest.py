@@ -30,8 +30,12 @@ def no_process_is_left():
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """run("main_moco.py", "--epochs 2 ...") runs a script in this process and returns its status, out and err."""
+def run(monkeypatch, capfd, tmp_path_factory):
+    """run("main_moco.py", "--epochs 2 ...") runs a script in this process and returns its status, out and err.
+
+    It runs in an empty folder, which a run without --output-dir locks.
+    """
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
     def call(script, *args):
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *split(args)])

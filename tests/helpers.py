@@ -22,7 +22,7 @@ from processes import ROOT, split
 MEAN, STD = CIFAR10
 README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in (ROOT / "docs").glob("*.md")}
-SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py"]
+SCRIPTS = ["main_moco.py", "main_moco_in.py", "main_moco_out.py", "main_moco_suploss.py", "main_moco_proto.py"]
 
 # A run of seconds: 160 of scikit-learn's digits as 8x8 images, resnet20, five steps per epoch.
 TINY = "-a resnet20 --dataset digits --image-size 8 --per-class 16 -b 32 --seed 0 -p 1"
@@ -120,6 +120,7 @@ def on_processes(work, processes):
         patch.setattr(distributed, "world_size", lambda: processes)
         patch.setattr(distributed, "all_gather", lambda x: torch.cat(of_all(x)))
         patch.setattr(distributed, "all_sum", lambda x: x.copy_(sum(of_all(x))))
+        patch.setattr(distributed, "broadcast", lambda x: x.copy_(of_all(x)[0]))
         return list(pool.map(begin, range(processes)))
 
 

@@ -120,9 +120,11 @@ def kill_all():
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
+    """A port that no connection gets by chance: Linux takes theirs from 32768 on."""
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", random.SystemRandom().randrange(10_000, 32_000)))
+            return free.getsockname()[1]
 
 
 def run_processes(script, *args, processes=2):
@@ -137,8 +139,11 @@ def run_processes(script, *args, processes=2):
 
 def until(run, prefix):
     """Reads a run's output up to the first line with this prefix."""
-    lines = []
+    lines, killer = [], Timer(120, run.kill)
+    killer.daemon = True
+    killer.start()
     while not lines or not lines[-1].startswith(prefix):
         lines.append(run.stdout.readline())
-        assert lines[-1], "the run has ended"
+        assert lines[-1], f"the run has ended, or printed no '{prefix}' in two minutes"
+    killer.cancel()
     return "".join(lines)

@@ -16,7 +16,6 @@ from moco import augment, datasets, encoders, pretrain
 from moco.batches import Centres
 from processes import ROOT, split
 
-METHODS = [*EVERY_SCRIPT, ("main_moco_proto.py", TINY_MOCO)]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and pytest tests/test_gpu.py")
 
 
@@ -33,7 +32,7 @@ def test_views_agree_with_the_cpus(recipe, compiled):
     assert difference.mean() < 0.02 and difference.max() < 1
 
 
-@pytest.mark.parametrize(("script", "args"), METHODS, ids=[script for script, _ in METHODS])
+@pytest.mark.parametrize(("script", "args"), EVERY_SCRIPT, ids=[script for script, _ in EVERY_SCRIPT])
 def test_losses_agree_with_the_cpus(script, args, run, tmp_path):
     args = [args, "--epochs 1 --lr 0.01 --output-dir", tmp_path]  # a high lr would amplify rounding errors
     command = [sys.executable, str(ROOT / script), *split(args)]
@@ -46,7 +45,7 @@ def test_losses_agree_with_the_cpus(script, args, run, tmp_path):
         assert printed_losses(on_gpu.out) == pytest.approx(printed_losses(on_cpu.stdout), abs=tolerance)
 
 
-@pytest.mark.parametrize(("script", "args"), METHODS, ids=[script for script, _ in METHODS])
+@pytest.mark.parametrize(("script", "args"), EVERY_SCRIPT, ids=[script for script, _ in EVERY_SCRIPT])
 def test_no_step_synchronises_with_the_gpu(script, args, run, tmp_path, monkeypatch):
     """Except the first step of an epoch, which copies its indices to the GPU, and the last one, which prints the loss."""
     steps = []

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch.multiprocessing as mp
 
-from helpers import SHORT, TINY, TINY_MOCO, error_line, refused
-from moco import launch
+from helpers import SHORT, TINY, TINY_MOCO, columns, error_line, refused
+from moco import checkpoint, launch
 from processes import ROOT, TORCHRUN, free_port, start, until
 
 
@@ -61,8 +61,8 @@ def test_the_second_of_two_nodes_fails(folder, tmp_path):
     }
     started = time.monotonic()
     launches = {
-        message: two_nodes(SHORT, "--output-dir", tmp_path, first=[good], second=args)
-        for message, args in faults.items()
+        message: two_nodes(SHORT, "--output-dir", tmp_path / str(number), first=[good], second=args)
+        for number, (message, args) in enumerate(faults.items())
     }
     for message, runs in launches.items():
         outs = [run.communicate(timeout=60)[0] for run in runs]
@@ -200,13 +200,21 @@ def test_one_of_two_processes_dies(victim, tmp_path):
     assert f"(rank {1 - victim} on {socket.gethostname()})" in line and "[c10d]" not in out, out
 
 
-def test_a_signal_to_one_of_two_processes(tmp_path):
-    """Both exit with its status: srun, and so scripts/slurm.sh, sees the highest of all."""
-    runs = two_nodes(TINY_MOCO, "--epochs 5000 --output-dir", tmp_path)
-    until(runs[0], "Epoch: [1]")
-    runs[1].send_signal(signal.SIGUSR1)
-    outs = [run.communicate(timeout=60)[0] for run in runs]
-    assert [run.returncode for run in runs] == [138, 138] and "stopped " in outs[0], outs
+def test_a_signal_to_one_of_two_processes(run, tmp_path):
+    """Both exit with its status: srun, and so scripts/slurm.sh, sees the highest of all. Resumed, the epoch ends as if whole."""
+    args = [TINY_MOCO.replace("--cos", ""), "--output-dir"]  # so that lr does not depend on --epochs
+    nodes = two_nodes(*args, tmp_path / "two", "--epochs 5000")
+    until(nodes[0], "Epoch: [1]")
+    nodes[1].send_signal(signal.SIGUSR1)
+    outs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [138, 138] and "stopped " in outs[0], outs
+    epochs = checkpoint.load(tmp_path / "two" / checkpoint.LAST)["epoch"] + 1
+    for name, resume in (("two", "--resume auto"), ("one", "")):
+        done = run("main_moco_out.py", *args, tmp_path / name, f"--bn-splits 2 --epochs {epochs}", resume)
+        assert done.status == 0, done.err
+    for column in ("loss", "positives", "positive_similarity"):
+        one, two = ([float(x) for (x,) in columns(tmp_path / name / "log.csv", column)] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-3), column
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -69,6 +69,7 @@ def test_rows_and_recipes(run):
         same = "--lr 0.1 -b 256 --epochs 10" if "lincls" in line else "--epochs 60 -b 256 --aug-plus --warm-up 1"
         assert same in line
     files = [*(ROOT / "results").glob("*-resnet20-60ep-seed*.json"), *(ROOT / "results").glob("own-*ep-seed*.json")]
+    assert len(files) > 10
     for path in files:  # the commands on file are those of --print
         row = re.split("-cpu|-h100|-h200", path.name)[0]
         result = json.loads(path.read_text())

@@ -7,11 +7,18 @@ import subprocess
 import pytest
 import torch
 
+import weights
 from helpers import refused
 from moco.run import read_log
-from processes import forking
+from processes import ROOT, forking
 
 SMALL = "--pretrain '-b 8 --image-size 12 --bn-splits 1 --knn-freq 1 {}' --linear '-b 8 --epochs 2 --schedule 1'"
+
+
+def test_the_weights_on_file_are_those_that_results_name():
+    rows = [json.loads(path.read_text()).get("weights") for path in (ROOT / "results").glob("*.json")]
+    named = {row["file"]: row["sha256"] for row in rows if row}
+    assert named == {f"pretrained/{path.name}": weights.sha256(path) for path in (ROOT / "pretrained").iterdir()}
 
 
 @pytest.fixture

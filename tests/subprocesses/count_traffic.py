@@ -68,6 +68,8 @@ for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_t
     setattr(dist, name, forbidden)
 for name in ("gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "send", "recv", "isend", "irecv"):
     setattr(dist, name, forbidden)
+for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "batch_isend_irecv"):
+    setattr(dist, name, forbidden)
 wrap, distributed.parallel = distributed.parallel, parallel
 
 out, method_name = sys.argv[1:3]

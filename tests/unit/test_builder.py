@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import encoders, methods, options, pretrain
+from helpers import on_processes
+from moco import distributed, encoders, methods, options, pretrain
 from moco.baselines import SupContrast
 from moco.builder import UNLABELLED, MoCo, MoCoIn, MoCoOut, MoCoProto, MoCoSupLoss
 from processes import ROOT
@@ -288,6 +289,29 @@ def test_a_model_can_be_compiled_as_a_whole(variant):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_processes_that_shuffle_the_images_themselves():
+    """Without `order`, as in a user's own loop: the queue has the keys in the order of the batch, on all processes."""
+    (im_q, im_k, labels), models = batch(0), [make(MoCoOut).eval() for _ in range(2)]
+    wanted = F.normalize(models[0].encoder_k(im_k), dim=1)
+
+    def step():
+        model = models[distributed.rank()]
+        model(*(distributed.my_rows(x) for x in (im_q, im_k, labels)))
+        return model.queue[:, :8].T, model.label_queue[:8]
+
+    for queue, label_queue in on_processes(step, 2):
+        assert torch.allclose(queue, wanted, atol=1e-6) and torch.equal(label_queue, labels)
+
+
+def test_all_processes_start_with_rank_0s_buffers(monkeypatch):
+    model = make(MoCoOut)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast", lambda x: x.zero_())  # as if rank 0 had zeros
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **how: model)
+    distributed.parallel(model, "cpu")
+    assert not any(buffer.any() for buffer in model.buffers())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extremes_stay_finite(variant):
     cases = [dict(T=0.01), dict(K=3), dict(K=1), dict(T=1e-3, dim=2)]
@@ -352,8 +376,10 @@ def test_defaults_of_the_constructor():
 
 def test_the_builder_imports_no_command_line():
     """Nor data sets or plots: a user's own program does not need them."""
-    unwanted = ["moco.options", "moco.datasets", "moco.augment", "moco.run", "moco.pretrain", "matplotlib", "sklearn"]
-    code = f"import sys, moco.builder, moco.baselines; print([m for m in {unwanted} if m in sys.modules])"
+    unwanted = ["moco.options", "moco.datasets", "moco.run", "moco.pretrain", "matplotlib", "sklearn"]
+    code = "import sys, moco; found = {'torch'} & set(sys.modules); import moco.builder, moco.baselines; "
+    code += "found |= {'moco.augment'} & set(sys.modules); import moco.augment; "
+    code += f"print(sorted(found | set({unwanted}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

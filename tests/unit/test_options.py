@@ -94,6 +94,12 @@ def test_long_runs_on_a_gpu_are_compiled_if_they_can_be(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(options.sysconfig, "get_path", lambda *names: tmp_path)
     assert compiled(150) and not compiled(149)
+    with monkeypatch.context() as patch:
+        patch.setattr(options, "find_spec", lambda name: None)
+        assert not compiled(150)
+    (tmp_path / "Python.h").rename(tmp_path / "other.h")
+    assert not compiled(150)
+    (tmp_path / "other.h").rename(tmp_path / "Python.h")
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", "")
     assert not compiled(150)

@@ -5,12 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 
-from helpers import TINY
+from helpers import TINY, on_processes
 from moco import distributed, launch, methods
 from moco.errors import RunError, UsageError, say
 from moco.run import Run
@@ -138,6 +139,19 @@ def test_a_process_that_leaves_ignores_later_signals(monkeypatch, tmp_path):
             signal.signal(number, handler)
 
 
+def test_different_signals_stop_all_processes_with_the_same(tmp_path):
+    def sync():
+        sizes = dict(epochs=1, steps=3, images=6, batch_size=2)
+        run = Run(tmp_path, "log", "last", ["epoch"], 1, torch.device("cpu"), "", **sizes)
+        run.signal, run.saved = (signal.SIGTERM, signal.SIGUSR1)[distributed.rank()], time.perf_counter()
+        for step, _ in run.steps(range(3)):
+            run.add(step, torch.tensor(1.0))
+            run.sync(step, 0.1)
+            return run.stopping, run.saving
+
+    assert on_processes(sync, 2) == [(signal.SIGUSR1, True)] * 2
+
+
 def test_the_out_of_memory_error_names_options_to_reduce():
     errors = ["CPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]
     for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError("1 GiB"), *map(RuntimeError, errors)):
@@ -202,8 +216,17 @@ def test_the_reason_that_nccl_gives(text, reason, monkeypatch):
         launch.join_group(torch.device("cpu"), "nccl", 2)
 
 
-@pytest.mark.parametrize("script", ["main_moco_out.py", "main_lincls.py", "scripts/extract.py", "scripts/bench.py"])
-@pytest.mark.parametrize("given", ["", "OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=7"])
+@pytest.mark.parametrize(
+    "script, given",
+    [
+        ("main_moco_out.py", ""),
+        ("main_moco_out.py", "OMP_WAIT_POLICY=ACTIVE"),
+        ("main_moco_out.py", "GOMP_SPINCOUNT=7"),
+        ("main_lincls.py", ""),
+        ("scripts/extract.py", ""),
+        ("scripts/bench.py", ""),
+    ],
+)
 def test_the_default_of_gomp_spincount(script, given):
     """Scripts set it before they import torch, which reads it, unless the user has set how threads wait."""
     program = f"""

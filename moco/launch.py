@@ -4,6 +4,7 @@ A process is described by torchrun's variables.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -174,6 +175,7 @@ def choose_device(gpu: int | None = None) -> torch.device:
     """GPU `gpu`; else the only visible GPU, or that of the local rank; without GPUs the CPU."""
     gpus, processes = torch.cuda.device_count(), distributed.processes_on_node
     if gpu is None and not gpus:
+        keep_freed_memory()
         return torch.device("cpu")
     if gpu is not None and gpu >= gpus:
         raise UsageError(f"--gpu {gpu}: this machine has {gpus} visible GPUs")
@@ -189,6 +191,18 @@ def choose_device(gpu: int | None = None) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means float32; bf16 is for speed
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch.compile's advice, in old releases
     return device
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc keep freed memory for the next step.
+
+    By default it returns each tensor of more than 32 MB to the system, which fills the pages of the next one with zeros:
+    some quarter of SupContrast's step (docs/results.md, Speed).
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def join_group(device: torch.device, backend: str, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """The processes that a launch starts, and their devices."""
 
+import ctypes
 import os
 import re
 import signal
@@ -187,6 +188,26 @@ def test_closed_outputs(monkeypatch):
         raise UsageError("nor this")
     sys.stdout.close()
     sys.stderr.close()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_memory_that_is_freed_on_a_cpu_is_used_again():
+    program = """
+import resource, torch
+from moco import launch
+def count_new_pages(device):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(1 << 24)  # 64 MB
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+count_new_pages("cpu")
+launch.launch(count_new_pages)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    by_default, kept = map(int, done.stdout.split())
+    assert 2 * kept < by_default, (
+        done
+    )  # small objects may take the place of a freed tensor, so that some need new pages
 
 
 def test_a_gpu_that_cannot_be_used(monkeypatch):

@@ -318,8 +318,8 @@ def read_log(path: str | Path) -> list[dict[str, str]]:
 def lock(folder: str | Path, name: str) -> Iterator[None]:
     """Keeps out other runs that would write FOLDER/NAME.csv and its checkpoints.
 
-    Rank 0 takes the lock; the others wait until it has. The kernel releases it when that process ends, however it ends;
-    child processes do not inherit it.
+    Rank 0 takes the lock; the others wait until it has. The kernel releases it when that process ends, however it ends
+    (NFSv3 not if the machine goes down); child processes do not inherit it.
 
     Raises:
         RunError: another run has it, even after PATIENCE seconds, or the folder cannot be written.
@@ -352,4 +352,7 @@ def acquire(file: BinaryIO, path: Path) -> None:
         if second == 0:
             say(f"note: {owner} is using '{path.parent}': waiting up to {PATIENCE} seconds for it to end")
         time.sleep(1)
-    raise RunError(f"{owner} is using '{path.parent}': wait for it to end, or choose another --output-dir")
+    raise RunError(
+        f"{owner} is using '{path.parent}': wait for it to end, or choose another --output-dir (if its machine is down, "
+        f"delete '{path}')"
+    )

@@ -24,10 +24,11 @@ fi
 script=$1
 shift
 
-# A requeued job keeps its ID, so it finds its checkpoint.
-out=runs/slurm-$SLURM_JOB_ID
+# A requeued job keeps its ID, so it finds its checkpoint. A new job continues an ended one with OUTPUT_DIR=runs/slurm-ITS_ID.
+out=${OUTPUT_DIR:-runs/slurm-$SLURM_JOB_ID}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not inherit it from sbatch
-export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # not that of the shell that called sbatch
+export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-$((10001 + SLURM_JOB_ID % 10000))}
 
 # A data-loading worker for each core of the node, unless "$@" has -j.
@@ -44,7 +45,13 @@ srun --kill-on-bad-exit=1 bash -c '
     exec "$@"' task "${PYTHON:-python}" "$script" -j "$workers" --output-dir "$out" --resume auto "$@"
 status=$?
 
-if [ $status -eq 138 ]; then # stopped by SIGUSR1: saved, but not finished
+preempted() {
+    scontrol show job "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'
+}
+
+# Saved, but not finished: stopped by SIGUSR1, or by SIGTERM at a preemption. SLURM itself requeues a preempted job only if it
+# still runs at the end of GraceTime.
+if [ $status -eq 138 ] || { [ $status -eq 143 ] && preempted; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status

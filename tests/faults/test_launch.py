@@ -148,6 +148,26 @@ def test_the_sbatch_file(tmp_path):
     assert (tmp_path / "runs/slurm-41/checkpoint_0007.pth.tar").is_file()
 
 
+@pytest.mark.parametrize(
+    "status, preempted, requeued",
+    [(138, "None", True), (143, "2026-01-01T00:00:00", True), (143, "None", False), (1, "2026-01-01T00:00:00", False)],
+)
+def test_the_job_is_requeued_if_it_has_saved(status, preempted, requeued, tmp_path):
+    """After SIGTERM only if SLURM preempts it: srun sends one, too, when a task fails. The scripts stand in for SLURM's."""
+    job = f"   PreemptEligibleTime=2025-12-31T00:00:00 PreemptTime={preempted}"
+    scontrol = f'case $1-$2 in show-job) echo "{job}";; show-*) echo here;; *) echo "$@" > requeued;; esac'
+    for name, text in (("srun", f'echo "$MASTER_ADDR" "$@" > called; exit {status}'), ("scontrol", scontrol)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = dict(SLURM_JOB_ID="41", SLURM_JOB_NODELIST="here", MASTER_ADDR="elsewhere", OUTPUT_DIR="runs/slurm-40")
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = start("scripts/slurm.sh", "main.py data/", launcher=["bash"], env=environment, cwd=tmp_path)
+    assert done.wait(60) == status
+    assert (tmp_path / "requeued").exists() == requeued
+    called = (tmp_path / "called").read_text()
+    assert called.startswith("here ") and "--output-dir runs/slurm-40 --resume auto data/" in called
+
+
 def test_a_signal_before_the_processes_can_handle_it(monkeypatch):
     """They die of it, and the status is that of a single process."""
 

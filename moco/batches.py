@@ -240,11 +240,8 @@ def begin_worker(worker: int) -> None:
 
     By itself it would only print why (a full SHARED_MEMORY), and the run would wait for that batch for ever.
     """
-    for text in (
-        "Palette images with Transparency",
-        "(Possibly c|C)orrupt EXIF",
-    ):  # Pillow's: every worker would repeat them
-        warnings.filterwarnings("ignore", text)
+    # Pillow's: every worker would repeat them.
+    warnings.filterwarnings("ignore", "Palette images with Transparency|(Possibly c|C)orrupt EXIF")
     for number in STOP_SIGNALS:  # a process that gets one needs its workers for the last step
         signal.signal(number, signal.SIG_IGN)
     queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))

@@ -29,7 +29,8 @@ ANCHOR = {
 }
 
 FIGURES = {
-    "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against one core, divided by the number of cores)",
+    "views_ratio": "speed-up of batched views over PIL (one core each; a GPU against one core, divided by the number of "
+    "cores)",
     "folder_ratio": "a JPEG to two uint8 crops of 224 pixels (the rest of the views is batched, not counted), "
     "over torchvision's two finished views on PIL; both decode once, one core",
     "loop_over_bare": "speed of the training loop, relative to the bare encoders",

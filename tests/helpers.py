@@ -4,6 +4,7 @@ import argparse
 import csv
 import os
 import re
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ TINY_FOLDER = "-a resnet20 --image-size 12 -b 8 --epochs 1 --seed 0"
 SHORT = "-a resnet20 --image-size 8 -b 4 --epochs 1 --moco-k 16 --seed 0"
 PHOTOS = "-a resnet20 --image-size 16 -b 8 --epochs 2 --warm-up 0 --seed 0 -p 1"
 PHOTOS_MOCO = f"{PHOTOS} --moco-k 16 --moco-dim 16 --aug-plus"
+NEEDS_COMPILER = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
+)
 SIZES = [(120, 100), (100, 140), (97, 97), (300, 64)]
 
 

@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Timer
@@ -27,6 +27,18 @@ TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 LAUNCHED = []
 
 
+@contextmanager
+def killed_after(run, seconds):
+    """Kills a run if the block takes longer, so that its output ends."""
+    killer = Timer(seconds, run.kill)
+    killer.daemon = True
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.cancel()
+
+
 class Forked:
     """A forked process that runs a script, with the interface of subprocess.Popen; `out` and `err` are connections."""
 
@@ -42,13 +54,10 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout=None):
-        killer = Timer(timeout or 600, self.kill)
-        killer.daemon = True
-        killer.start()
-        with self.stdout:
-            out = self.stdout.read()
-        self.wait()
-        killer.cancel()
+        with killed_after(self, timeout or 600):
+            with self.stdout:
+                out = self.stdout.read()
+            self.wait()
         return out, None
 
     def send_signal(self, number):
@@ -139,11 +148,9 @@ def run_processes(script, *args, processes=2):
 
 def until(run, prefix):
     """Reads a run's output up to the first line with this prefix."""
-    lines, killer = [], Timer(120, run.kill)
-    killer.daemon = True
-    killer.start()
-    while not lines or not lines[-1].startswith(prefix):
-        lines.append(run.stdout.readline())
-        assert lines[-1], f"the run has ended, or printed no '{prefix}' in two minutes"
-    killer.cancel()
+    lines = []
+    with killed_after(run, 120):
+        while not lines or not lines[-1].startswith(prefix):
+            lines.append(run.stdout.readline())
+            assert lines[-1], f"the run has ended, or printed no '{prefix}' in two minutes"
     return "".join(lines)

@@ -119,17 +119,22 @@ if [[ $1 == show ]]; then printf "localhost\\nnowhere\\n"; else echo "$@" > "$FO
 """
 
 
+def with_programs(folder, **programs):
+    """The environment, with programs that stand in for SLURM's."""
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 def test_the_sbatch_file(tmp_path):
     """On SLURM's signal before the time limit, the run saves, the job is requeued with the same ID, and it resumes.
 
     It resumes in one task, which is faster to start than two.
     """
-    for name, text in (("srun", SRUN_SCRIPT), ("scontrol", SCONTROL_SCRIPT)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
     job = dict(SLURM_JOB_ID="41", SLURM_JOB_NODELIST="n[1-2]", MASTER_PORT=str(free_port()))
-    environment = {**os.environ, **job, "PYTHON": sys.executable, "FOLDER": str(tmp_path)}
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment = with_programs(tmp_path, srun=SRUN_SCRIPT, scontrol=SCONTROL_SCRIPT)
+    environment |= job | {"PYTHON": sys.executable, "FOLDER": str(tmp_path)}
     for tasks, epochs, status in ((2, 5000, 138), (1, 8, 0)):
         environment |= dict(SLURM_STEP_NUM_TASKS=str(tasks), SLURM_NTASKS_PER_NODE=str(tasks))
         args = [ROOT / "main_moco_out.py", TINY_MOCO, f"--epochs {epochs} --bn-splits {2 // tasks}"]
@@ -153,14 +158,14 @@ def test_the_sbatch_file(tmp_path):
     [(138, "None", True), (143, "2026-01-01T00:00:00", True), (143, "None", False), (1, "2026-01-01T00:00:00", False)],
 )
 def test_the_job_is_requeued_if_it_has_saved(status, preempted, requeued, tmp_path):
-    """After SIGTERM only if SLURM preempts it: srun sends one, too, when a task fails. The scripts stand in for SLURM's."""
+    """After SIGTERM only if SLURM preempts it: srun sends one, too, when a task fails."""
     job = f"   PreemptEligibleTime=2025-12-31T00:00:00 PreemptTime={preempted}"
-    scontrol = f'case $1-$2 in show-job) echo "{job}";; show-*) echo here;; *) echo "$@" > requeued;; esac'
-    for name, text in (("srun", f'echo "$MASTER_ADDR" "$@" > called; exit {status}'), ("scontrol", scontrol)):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    srun = f'#!/bin/bash\necho "$MASTER_ADDR" "$@" > called; exit {status}\n'
+    scontrol = (
+        f'#!/bin/bash\ncase $1-$2 in show-job) echo "{job}";; show-*) echo here;; *) echo "$@" > requeued;; esac\n'
+    )
     job = dict(SLURM_JOB_ID="41", SLURM_JOB_NODELIST="here", MASTER_ADDR="elsewhere", OUTPUT_DIR="runs/slurm-40")
-    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = with_programs(tmp_path, srun=srun, scontrol=scontrol) | job
     done = start("scripts/slurm.sh", "main.py data/", launcher=["bash"], env=environment, cwd=tmp_path)
     assert done.wait(60) == status
     assert (tmp_path / "requeued").exists() == requeued

@@ -1,15 +1,13 @@
 """The number of processes does not change the result, and no image in memory is sent to another process."""
 
 import json
-import os
 import re
-import shutil
 
 import pytest
 import torch
 from PIL import Image
 
-from helpers import README, TINY, TINY_MOCO, columns, interrupt, python_blocks, refused, rows
+from helpers import NEEDS_COMPILER, README, TINY, TINY_MOCO, columns, interrupt, python_blocks, refused, rows
 from moco import checkpoint, methods
 from processes import free_port, run_processes, start
 
@@ -92,7 +90,7 @@ def test_two_processes_are_one_with_two_splits(tmp_path):
                 assert torch.equal(value, one_states[name][key]), (name, key)
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@NEEDS_COMPILER
 def test_two_compiled_processes_with_two_splits(tmp_path):
     """Compiling must not make the key encoder's parameters require gradients: DistributedDataParallel would fail in step 2."""
     losses, _ = every_objective(tmp_path / "two", 2, 2, "--compile")

@@ -1,8 +1,5 @@
 """Batched views against torchvision's operations on PIL images, and their parameters against its distributions."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +7,7 @@ from PIL import ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as tv
 
-from helpers import MEAN, STD, images, photo, pillow
+from helpers import MEAN, NEEDS_COMPILER, STD, images, photo, pillow
 from moco import augment
 from moco.augment import AUG_PLUS, PLAIN, Recipe
 
@@ -239,7 +236,7 @@ def test_a_view_does_not_depend_on_its_batch():
     assert torch.allclose(views(x[5:6], parameters[5:6], (0, 1, 2, 3)), whole[5:6], atol=1e-5)
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@NEEDS_COMPILER
 def test_compiled_views_agree_with_eager_ones():
     x, parameters = images(16), AUG_PLUS.draw(16, 32, 32, torch.Generator().manual_seed(0))
     eager = augment.Views(AUG_PLUS, MEAN, STD, "cpu")(x, parameters, (3, 1, 0, 2))

@@ -45,4 +45,4 @@ others() {
 mild() {  # seed: SupContrast of the README's table, whose third seed is missing
   row supcon resnet20-67ep-own $1 67 "-b 256 --wd 5e-4 --cos --warm-up 1 --knn-freq 20 --aug-mild --lr 0.2" | sed "s|--runs|$L --runs|"
 }
-eval "${3:-table 2; own 1; own 2; noown 0; queue 0; others; noown 1; queue 1; mild 2}"
+eval "${3:-own 1; own 2; noown 0; queue 0; others; noown 1; queue 1; mild 2}"
